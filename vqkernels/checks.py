@@ -1,0 +1,125 @@
+"""The only place that words an input error.
+
+Grammar: `<op>: <argument> must <requirement>; got <value>. <fix>.`
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse(error: type[Exception], op: str, argument: str, requirement: str, got: object, fix: str) -> NoReturn:
+    """Raise `error` with the one message grammar of the package."""
+    raise error(f"{op}: {argument} must {requirement}; got {got}. {fix}.")
+
+
+def check_floating(op: str, name: str, tensor: object) -> None:
+    """A tensor of one of the four floating-point dtypes."""
+    if not isinstance(tensor, Tensor):
+        refuse(TypeError, op, name, "be a tensor", type(tensor).__name__, f"Pass torch.as_tensor({name})")
+    if tensor.dtype not in FLOATS:
+        fix = f"Call {name}.float()"
+        refuse(TypeError, op, name, "be float16, bfloat16, float32 or float64", tensor.dtype, fix)
+
+
+def check_codebook(op: str, codebook: object, *, min_codes: int = 1) -> None:
+    """A `(K, D)` floating-point codebook with enough codes."""
+    check_floating(op, "codebook", codebook)
+    if codebook.dim() != 2:
+        fix = "Reshape it to one row per code"
+        refuse(ValueError, op, "codebook", "be (K, D)", f"shape {tuple(codebook.shape)}", fix)
+    if codebook.shape[0] < min_codes:
+        plural = "code" if min_codes == 1 else "codes"
+        fix = f"Pass a codebook of {min_codes} or more rows"
+        refuse(ValueError, op, "codebook", f"have at least {min_codes} {plural}", codebook.shape[0], fix)
+    if codebook.shape[1] < 1:
+        refuse(ValueError, op, "codebook", "have at least one feature", 0, "Pass a codebook of one or more columns")
+
+
+def check_pair(op: str, x: object, codebook: object, *, min_codes: int = 1) -> None:
+    """Latents `(..., D)` and a codebook `(K, D)` on one device."""
+    check_floating(op, "x", x)
+    check_codebook(op, codebook, min_codes=min_codes)
+    if x.dim() < 1:
+        refuse(ValueError, op, "x", "be (..., D)", "a 0-d tensor", "Call x.unsqueeze(0)")
+    if x.shape[-1] != codebook.shape[1]:
+        d, shape = x.shape[-1], tuple(codebook.shape)
+        fix = "Pass codebook.t()" if codebook.shape[0] == d else f"Move the {shape[1]} features of x to its last dimension"
+        refuse(ValueError, op, "codebook", f"be (K, {d}) to match x of shape {tuple(x.shape)}", shape, fix)
+    if x.device != codebook.device:
+        refuse(ValueError, op, "codebook", f"be on {x.device} as x is", codebook.device, "Call codebook.to(x.device)")
+
+
+def check_indices(op: str, indices: object, shape: torch.Size, device: torch.device) -> None:
+    """An int64 index per row."""
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        refuse(TypeError, op, "indices", "be an int64 tensor", got, "Call indices.long()")
+    if indices.shape != shape:
+        fix = "Pass one index per row of x"
+        refuse(ValueError, op, "indices", f"be {tuple(shape)} to match x", tuple(indices.shape), fix)
+    if indices.device != device:
+        refuse(ValueError, op, "indices", f"be on {device} as x is", indices.device, "Call indices.to(x.device)")
+
+
+def check_position(op: str, position: object, shape: torch.Size, device: torch.device) -> None:
+    """A floating-point position in [0, 1] per row."""
+    check_floating(op, "position", position)
+    if position.shape != shape:
+        fix = "Pass one position per row of x"
+        refuse(ValueError, op, "position", f"be {tuple(shape)} to match x", tuple(position.shape), fix)
+    if position.device != device:
+        refuse(ValueError, op, "position", f"be on {device} as x is", position.device, "Call position.to(x.device)")
+
+
+def check_noise_std(op: str, noise_std: object) -> float:
+    """A finite standard deviation >= 0."""
+    if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
+        fix = "Pass a Python float"
+        refuse(TypeError, op, "noise_std", "be a number", type(noise_std).__name__, fix)
+    if not math.isfinite(noise_std) or noise_std < 0:
+        fix = "Pass a standard deviation in units of x, or 0 for none"
+        refuse(ValueError, op, "noise_std", "be finite and not negative", noise_std, fix)
+    return float(noise_std)
+
+
+def check_seed(op: str, seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """A 0-d int64 seed on `device`; None draws one from the device's default generator, without a host sync."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            refuse(ValueError, op, "seed", "fit in 64 bits", seed, "Pass seed % 2**63")
+        return torch.tensor(seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
+        refuse(TypeError, op, "seed", "be an int or an int64 tensor", got, "Call seed.long()")
+    if seed.dim() != 0:
+        fix = "Pass one seed for the whole batch"
+        refuse(ValueError, op, "seed", "be a 0-d tensor", f"shape {tuple(seed.shape)}", fix)
+    if seed.device != device:
+        refuse(ValueError, op, "seed", f"be on {device} as x is", seed.device, "Call seed.to(x.device)")
+    return seed
+
+
+def check_count(op: str, name: str, value: object, *, minimum: int = 0) -> int:
+    """An integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        refuse(TypeError, op, name, "be an int", type(value).__name__, f"Pass int({name})")
+    if value < minimum:
+        refuse(ValueError, op, name, f"be at least {minimum}", value, f"Pass {minimum} or more")
+    return value
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> str:
+    """One of a few names."""
+    if value not in choices:
+        allowed = ", ".join(map(repr, choices))
+        refuse(ValueError, op, name, f"be one of {allowed}", repr(value), "Pass one of these names")
+    return value

@@ -1,0 +1,56 @@
+"""The compiled extension: loads it, or remembers in one sentence why it is not there."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+MISSING: str | None = None
+_C: ModuleType | None = None
+
+try:
+    _C = importlib.import_module("vqkernels._C")
+except ImportError as error:
+    # a missing file is the pure install; anything else is a library that exists and cannot be loaded
+    MISSING = (
+        "the extension was not built (reinstall with a C++ compiler: pip install --no-build-isolation .)"
+        if isinstance(error, ModuleNotFoundError)
+        else f"the extension could not be loaded ({error})"
+    )
+
+# read once: torch.compile cannot trace a call into pybind11
+FACTS: dict = dict(_C.facts()) if _C is not None else {}
+HAS_CUDA: bool = bool(FACTS.get("cuda_archs"))
+
+
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the compiled bodies cannot run on `device`, or None."""
+    if MISSING is not None:
+        return MISSING
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        return None if HAS_CUDA else "the extension was built without CUDA"
+    return f"the extension has no body for {device.type}"
+
+
+def facts() -> dict:
+    """Version, compiler, ISAs built, ISA in use and CUDA archs of the extension; empty when it is missing."""
+    return dict(_C.facts()) if _C is not None else {}
+
+
+def set_isa(name: str) -> None:
+    """Force the instruction set of the CPU bodies, process-wide.
+
+    Args:
+        name: one of `facts()["isas_built"]`, or `"auto"` for the best that this CPU has.
+
+    Raises:
+        RuntimeError: the extension is missing.
+        ValueError: the name is unknown, was not built, or this CPU cannot run it.
+    """
+    if _C is None:
+        raise RuntimeError(f"set_isa: the native backend must be there; got none: {MISSING}. Build it first.")
+    _C.set_isa(name)

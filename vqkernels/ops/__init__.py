@@ -1,0 +1,23 @@
+"""Ops: one file each, with the contract, the reference, the backends and the autograd."""
+
+from vqkernels.ops.code_sums import CodeSums as CodeSums
+from vqkernels.ops.code_sums import code_sums as code_sums
+from vqkernels.ops.code_sums import code_sums_op as _code_sums
+from vqkernels.ops.directional import directional as directional
+from vqkernels.ops.directional import directional_backward_op as _directional_backward
+from vqkernels.ops.directional import directional_op as _directional
+from vqkernels.ops.diveq import diveq as diveq
+from vqkernels.ops.diveq import sf_diveq as sf_diveq
+from vqkernels.ops.nearest_code import NearestCode as NearestCode
+from vqkernels.ops.nearest_code import nearest_code as nearest_code
+from vqkernels.ops.nearest_code import nearest_code_op as _nearest_code
+from vqkernels.ops.nearest_segment import NearestSegment as NearestSegment
+from vqkernels.ops.nearest_segment import nearest_segment as nearest_segment
+from vqkernels.ops.nearest_segment import nearest_segment_op as _nearest_segment
+from vqkernels.ops.philox import philox_op as _philox
+
+# what `info`, the tests and the benches walk over
+OPS = {
+    op.name: op
+    for op in (_nearest_code, _nearest_segment, _directional, _directional_backward, _code_sums, _philox)
+}

@@ -1,0 +1,124 @@
+"""Nearest codeword: `nearest_code`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkernels import kernels, native
+from vqkernels.checks import check_pair
+from vqkernels.dispatch import Op
+from vqkernels.ops._layout import collapse
+
+# the reference keeps this many float64 scores at a time
+_CHUNK = 1 << 22
+
+
+class NearestCode(NamedTuple):
+    """What `nearest_code` returns."""
+
+    indices: Tensor
+    sq_dist: Tensor
+
+
+def dithered(codebook: Tensor, dither: Tensor) -> Tensor:
+    """Points (1 - l_s) c_s + l_s c_{s+1}, formed in float64, unfused (DiVeQ eq. 11); (K, D), (K-1,) -> (K-1, D)."""
+    weight = dither.double()[:, None]
+    return (1 - weight) * codebook[:-1].double() + weight * codebook[1:].double()
+
+
+def _reference(x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+    codes = codebook.double() if dither is None else dithered(codebook, dither)  # (K, D)
+    finite = codes.isfinite().all(1)
+    safe = torch.where(finite[:, None], codes, 0)
+    flat = x.reshape(-1, x.shape[-1])
+    indices = torch.zeros(len(flat), dtype=torch.int64, device=x.device)
+    sq_dist = torch.full((len(flat),), torch.nan, dtype=torch.float64, device=x.device)
+    rows_at_once = max(1, _CHUNK // (len(codes) + x.shape[-1]))
+    for start in range(0, len(flat), rows_at_once):
+        rows = flat[start : start + rows_at_once].double()
+        # a row without a distance keeps index 0 and nan
+        good = (rows.isfinite().all(1) & finite.any()).nonzero().squeeze(1)
+        if len(good):
+            indices[start + good], sq_dist[start + good] = _search(rows[good], safe, finite)
+    return indices.view(x.shape[:-1]), sq_dist.view(x.shape[:-1]).to(_distance_dtype(x, codebook))
+
+
+def _search(x: Tensor, codes: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest index of the least distance: scores |c|^2/2 - x.c find the candidates, the contract's order decides."""
+    n, (k, d) = len(x), codes.shape
+    half = torch.where(finite, codes.square().sum(1) / 2, torch.inf)
+    score = torch.addmm(half, x, codes.t(), alpha=-1)  # (n, K)
+    # rounding and underflow, of a score and of the distance it stands for, with a margin of two
+    eps, tiny = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
+    error = 2 * (d + 4) * (eps * (x.norm(dim=1) + codes.norm(dim=1).amax()).square() + tiny)
+    # written so that a bound or a score that is nan keeps every finite code
+    candidate = ~(score > (score.amin(1) + 2 * error)[:, None]) & finite
+    row, code = candidate.nonzero(as_tuple=True)
+    pairs = zip(row.split(_CHUNK // d), code.split(_CHUNK // d), strict=True)
+    sq_dist = torch.cat([_sq_dist(x, codes, r, c) for r, c in pairs])
+    least = x.new_full((n,), torch.inf).scatter_reduce(0, row, sq_dist, "amin")
+    winner = sq_dist == least[row]
+    best = torch.full((n,), k, device=x.device).scatter_reduce(0, row[winner], code[winner], "amin")
+    return best, least
+
+
+def _sq_dist(x: Tensor, codes: Tensor, row: Tensor, code: Tensor) -> Tensor:
+    """|x - c|^2 of pairs in float64: features ascending, every operation rounded, none fused."""
+    difference = x[row].t() - codes[code].t()  # (D, pairs)
+    total = x.new_zeros(len(row))
+    for t in difference:
+        total = total + t * t
+    return total
+
+
+def _distance_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+
+
+def _fake(x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+    shape = x.shape[:-1]
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_distance_dtype(x, codebook))
+
+
+nearest_code_op = Op(
+    "nearest_code",
+    "(Tensor x, Tensor codebook, Tensor? dither, bool exact) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+)
+nearest_code_op.add_native(native.MISSING, why_not=native.why_not)
+nearest_code_op.add("triton", kernels.lazy("nearest_code"), why_not=kernels.why_not)
+
+
+def nearest_code(x: Tensor, codebook: Tensor, *, exact: bool = True, backend: str | None = None) -> NearestCode:
+    """Find the nearest code of each row, without an N x K matrix.
+
+        i(x) = argmin_j |x - c_j|^2        (DiVeQ eq. 1)
+
+    The index is the lowest that minimises the squared distance formed in float64 over ascending features, every
+    operation rounded and none fused, whatever the dtypes and the backend. A code with a NaN or Inf never wins
+    while a finite one exists; a row of x with one gets index 0 and a NaN distance. No gradient flows.
+
+    Args:
+        x: (..., D) float16, bfloat16, float32 or float64, any strides.
+        codebook: (K, D), any of these dtypes (not necessarily that of x), K >= 1, same device.
+        exact: False skips the certificate: the winner of the backend's own precision, which may miss the least
+            squared distance by four times that precision's error bound.
+        backend: "native", "triton" or "reference"; by default the fastest that accepts the inputs.
+
+    Returns:
+        indices: (...) int64.
+        sq_dist: (...) |x - c_i|^2, float32, or float64 when an input is float64; units of x squared.
+
+    Raises:
+        TypeError: a dtype is not floating-point.
+        ValueError: shapes or devices do not match, or K = 0.
+        BackendError: `backend` cannot run these inputs.
+    """
+    check_pair("nearest_code", x, codebook)
+    flat = collapse(x.detach())
+    indices, sq_dist = nearest_code_op(flat, codebook.detach(), None, exact, backend=backend)
+    return NearestCode(indices.view(x.shape[:-1]), sq_dist.view(x.shape[:-1]))

@@ -1,0 +1,111 @@
+"""Nearest point of the curve through the codes: `nearest_segment`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkernels.checks import check_pair
+from vqkernels.dispatch import Op
+from vqkernels.ops._layout import collapse
+
+# pairs of a row and a segment at a time
+_CHUNK = 1 << 20
+
+
+class NearestSegment(NamedTuple):
+    """What `nearest_segment` returns."""
+
+    segments: Tensor
+    position: Tensor
+    sq_dist: Tensor
+
+
+def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes = codebook.double()
+    flat = x.reshape(-1, x.shape[-1]).double()
+    shape = (len(flat),)
+    segments = torch.zeros(shape, dtype=torch.int64, device=x.device)
+    position = torch.zeros(shape, dtype=torch.float64, device=x.device)
+    sq_dist = torch.full(shape, torch.nan, dtype=torch.float64, device=x.device)
+    at_once = max(1, min(len(codes) - 1, 1024))
+    for rows in torch.arange(len(flat), device=x.device).split(max(1, _CHUNK // at_once)):
+        for start in range(0, len(codes) - 1, at_once):
+            t, d = _project(flat[rows], codes[start : start + at_once + 1])
+            # segments with a code that is not finite, and rows that are not, have no distance
+            least, best = torch.where(d.isnan(), torch.inf, d).min(1)
+            lowest = (d == least[:, None]).int().argmax(1)
+            best = torch.where(least.isinf(), best, lowest)
+            better = (least < sq_dist[rows]) | (sq_dist[rows].isnan() & d.gather(1, best[:, None])[:, 0].isfinite())
+            here = rows[better]
+            segments[here] = best[better] + start
+            position[here] = t.gather(1, best[:, None])[:, 0][better]
+            sq_dist[here] = least[better]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    outputs = segments, position.to(dtype), sq_dist.to(dtype)
+    return tuple(out.view(x.shape[:-1]) for out in outputs)
+
+
+def _project(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Position in [0, 1] and squared distance of each row's nearest point on each segment: (n, K - 1) both."""
+    along, total = (x.new_zeros(len(x), len(codes) - 1) for _ in range(2))
+    length = x.new_zeros(len(codes) - 1)
+    for column, code in zip(x.t(), codes.t(), strict=True):
+        step = code[1:] - code[:-1]
+        along = along + (column[:, None] - code[:-1]) * step
+        length = length + step * step
+    t = torch.where(length > 0, along / length, 0).clamp(0, 1)
+    for column, code in zip(x.t(), codes.t(), strict=True):
+        # the ends are the codes themselves, so a vertex is an exact tie of its two segments
+        point = torch.where(t == 1, code[1:], code[:-1] + t * (code[1:] - code[:-1]))
+        difference = column[:, None] - point
+        total = total + difference * difference
+    return t, total
+
+
+def _fake(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    shape = x.shape[:-1]
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+nearest_segment_op = Op(
+    "nearest_segment",
+    "(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+)
+
+
+def nearest_segment(x: Tensor, codebook: Tensor, *, backend: str | None = None) -> NearestSegment:
+    """Find the nearest point of the polyline c_1 c_2 ... c_K to each row.
+
+        t_s = clamp((x - c_s) . d_s / |d_s|^2, 0, 1),   d_s = c_{s+1} - c_s
+        s   = argmin_s |x - c_s - t_s d_s|
+
+    This is the exact evaluation of SF-DiVeQ on its curve. Distances are formed in float64 on the differences,
+    in the order of `nearest_code`; the lowest segment wins a tie, such as a nearest point on a shared code.
+    A row with a NaN or Inf gets segment 0, position 0 and a NaN distance; a segment with one never wins while
+    another exists. No gradient flows.
+
+    Args:
+        x: (..., D) float16, bfloat16, float32 or float64, any strides.
+        codebook: (K, D), any of these dtypes, same device, K >= 2.
+        backend: "reference" so far, the default.
+
+    Returns:
+        segments: (...) int64 in [0, K - 1).
+        position: (...) t_s in [0, 1], float32, or float64 when an input is float64.
+        sq_dist: (...) the least squared distance, same dtype; units of x squared.
+
+    Raises:
+        TypeError: a dtype is not floating-point.
+        ValueError: shapes or devices do not match, or K < 2.
+        BackendError: `backend` cannot run these inputs.
+    """
+    check_pair("nearest_segment", x, codebook, min_codes=2)
+    flat = collapse(x.detach())
+    outputs = nearest_segment_op(flat, codebook.detach(), backend=backend)
+    return NearestSegment(*(out.view(x.shape[:-1]) for out in outputs))
