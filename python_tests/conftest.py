@@ -1,0 +1,44 @@
+"""Which backends a run tests, and what every test starts from."""
+
+import os
+
+import pytest
+import torch
+
+from vqkernels.ops import OPS
+from vqkernels.testing import DEVICE
+
+# triton runs on a gpu, or on the cpu in an interpreter that has a process of its own
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("triton",) if INTERPRETED else ("native", "reference", *(("triton",) if DEVICE.type == "cuda" else ()))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left to `make check-all`")
+
+
+@pytest.fixture(autouse=True)
+def _start():
+    """A seed, and torch.empty filled with nan so that an unwritten output shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def need(backend):
+    """Skip, with the backend's own reason, what it says it cannot run here."""
+
+    def check(op: str, *dtypes: torch.dtype) -> None:
+        reason = OPS[op].explain_for(DEVICE, dtypes)[backend]
+        if reason is not None:
+            pytest.skip(f"{op} on {backend}: {reason}")
+
+    return check

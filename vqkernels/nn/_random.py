@@ -1,0 +1,41 @@
+"""Seeds and row numbers that make n processes draw what one would."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def distributed() -> bool:
+    """Whether this call runs in a process group of more than one; asked anew each time."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A 0-d int64 seed from torch's default generator of `device`, that of rank 0 on every rank; no host sync."""
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if distributed():
+        dist.broadcast(seed, 0)
+    return seed
+
+
+def first_row(rows: int) -> int:
+    """Number of rows on lower ranks, where every rank holds as many rows as this one."""
+    return dist.get_rank() * rows if distributed() else 0
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_rows(tensor: Tensor) -> Tensor:
+    """The rows of every rank, in rank order; as many on each."""
+    if not distributed():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
