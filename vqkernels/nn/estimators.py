@@ -82,8 +82,8 @@ class STE(Estimator):
         loss = self.commitment_weight * _mean_square(x, code.detach())
         if codes.requires_grad:
             loss = loss + self.codebook_weight * _mean_square(x.detach(), code)
-        # the value is the code itself, not the code up to a rounding
-        return Estimate(code.detach().to(x.dtype) + (x - x.detach()), indices, loss)
+        # the value is the code itself, not the code up to a rounding; x comes first, its strides are kept
+        return Estimate((x - x.detach()) + code.detach().to(x.dtype), indices, loss)
 
     def extra_repr(self) -> str:
         return f"codebook_weight={self.codebook_weight}, commitment_weight={self.commitment_weight}"

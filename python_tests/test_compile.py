@@ -1,0 +1,110 @@
+"""torch sees every op as one opaque call: opcheck, and fullgraph compilation of functions and modules."""
+
+import pytest
+import torch
+from conftest import INTERPRETED
+
+import vqkernels as vq
+from vqkernels.nn import METHODS, ImportanceReplacement, LatentMeans, TwoPhase, build
+from vqkernels.ops import OPS
+from vqkernels.testing import DEVICE, strided
+
+FUNCTIONS = {
+    "nearest_code": lambda x, c: vq.nearest_code(x, c).sq_dist,
+    "nearest_segment": lambda x, c: vq.nearest_segment(x, c).position,
+    "diveq": lambda x, c: vq.diveq(x, c, seed=3).z,
+    "sf_diveq": lambda x, c: vq.sf_diveq(x, c, seed=3).z,
+    "directional": lambda x, c: vq.directional(x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), direction="detach"),
+    "code_sums": lambda x, c: vq.code_sums(x, torch.zeros_like(x[..., 0], dtype=torch.int64), 3).sums,
+}
+
+
+def samples(layout):
+    """Arguments of each op."""
+    x = strided(torch.randn(60, 7, device=DEVICE), layout)
+    x = x if x.dim() == 3 else x[None]
+    codes, seed = torch.randn(9, 7, device=DEVICE), torch.tensor(5, device=DEVICE)
+    indices = torch.randint(0, 8, x.shape[:-1], device=DEVICE)
+    position = torch.rand(x.shape[:-1], device=DEVICE)
+    family = [(x, codes, indices, at, seed, direction, 0.1, 4) for at in (None, position) for direction in (0, 1)]
+    return {
+        "nearest_code": [(x, codes, None, True), (x, codes, torch.rand(8, device=DEVICE), True), (x, codes, None, False)],
+        "nearest_segment": [(x, codes)],
+        "directional": family,
+        "directional_backward": [(torch.randn_like(x), *args) for args in family],
+        "code_sums": [(x, indices, 9)],
+        "philox": [(seed, 6, 3, 1, 2**33)],
+    }
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "channels"])
+@pytest.mark.parametrize("name", list(OPS))
+def test_opcheck(name, layout, backend, need):
+    need(name)
+    for args in samples(layout)[name]:
+        # autograd sits above the ops, so there is no registration to test
+        torch.library.opcheck(
+            OPS[name].backends[backend].run, args, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels"])
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_functions(name, layout, backend, need):
+    need("directional" if "diveq" in name else name)
+    torch._dynamo.reset()
+    x = strided(torch.randn(60, 7, device=DEVICE), layout).requires_grad_()
+    codes = torch.randn(9, 7, device=DEVICE, requires_grad=True)
+    run = FUNCTIONS[name]
+    with vq.use_backend(backend):
+        out = run(x, codes)
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, codes)
+        assert torch.equal(out, compiled)
+        if out.requires_grad:
+            g = torch.randn_like(out)
+            for a, b in zip(*(torch.autograd.grad(o, (x, codes), g) for o in (out, compiled)), strict=True):
+                assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="modules are tested beside the compiled backends")
+@pytest.mark.parametrize("name", list(METHODS))
+def test_modules(name):
+    """A training step and an evaluation of every method, upkeep included, compile without a graph break."""
+    torch._dynamo.reset()
+    upkeep = [LatentMeans(1, latents_per_code=1)] if METHODS[name].warm_up else [ImportanceReplacement(TwoPhase(9, 2))]
+    quantizer = build(name, dim=6, num_codes=8, channel_dim=1, upkeep=upkeep).to(DEVICE)
+    optimizer = torch.optim.Adam([*quantizer.parameters(), torch.nn.Parameter(torch.zeros(()))])
+    quantizer.follow(optimizer)
+    step = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        x = torch.randn(2, 6, 4, 4, device=DEVICE, requires_grad=True)
+        z, indices, loss = step(x)
+        (z.square().sum() + loss).backward()
+        optimizer.step()
+        assert x.grad.isfinite().all() and x.grad.any() and z.stride() == x.stride()
+    assert quantizer.initialized and indices.max() >= 0
+    quantizer.eval()
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(compiled.z, quantizer(x).z) and torch.equal(compiled.indices, quantizer(x).indices)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="modules are tested beside the compiled backends")
+def test_inductor():
+    """The default compiler gives the same step."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 6, 4, 4, device=DEVICE, requires_grad=True)
+    codes = torch.randn(9, 6, device=DEVICE, requires_grad=True)
+
+    def run(x, codes):
+        return vq.sf_diveq(x.movedim(1, -1), codes, seed=3).z.movedim(-1, 1).square().mean()
+
+    expected = torch.autograd.grad(run(x, codes), (x, codes))
+    found = torch.autograd.grad(torch.compile(run, fullgraph=True)(x, codes), (x, codes))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_compiling_without_an_optimizer_is_refused():
+    quantizer = build("ema", dim=4, num_codes=4)
+    with pytest.raises(Exception, match="Call quantizer.follow"):
+        torch.compile(quantizer, fullgraph=True, backend="aot_eager")(torch.randn(3, 4))
