@@ -83,7 +83,8 @@ class STE(Estimator):
         if codes.requires_grad:
             loss = loss + self.codebook_weight * _mean_square(x.detach(), code)
         # the value is the code itself, not the code up to a rounding; x comes first, its strides are kept
-        return Estimate((x - x.detach()) + code.detach().to(x.dtype), indices, loss)
+        value = torch.where(x.isfinite().all(-1, keepdim=True), code.detach(), torch.nan).to(x.dtype)
+        return Estimate((x - x.detach()) + value, indices, loss)
 
     def extra_repr(self) -> str:
         return f"codebook_weight={self.codebook_weight}, commitment_weight={self.commitment_weight}"

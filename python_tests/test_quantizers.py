@@ -1,0 +1,248 @@
+"""Every quantizer keeps one contract; each method equals the equation of its paper."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vqkernels.nn import METHODS, Codebook, EMACodebook, SFDiVeQ, SFDiVeQDetach, VectorQuantizer, build
+from vqkernels.nn.metrics import code_counts, perplexity, usage
+from vqkernels.testing import DEVICE, brute_force, family
+
+EVERY = pytest.mark.parametrize("name", list(METHODS))
+D, K = 6, 16
+
+
+def make(name, channel_dim=-1, **options):
+    quantizer = build(name, dim=D, num_codes=K, channel_dim=channel_dim, **options).to(DEVICE)
+    quantizer.codebook.assign(torch.randn(K, D, device=DEVICE))
+    return quantizer
+
+
+@EVERY
+@pytest.mark.parametrize(("shape", "channel_dim"), [((5, D), -1), ((2, D, 3, 4), 1), ((2, 3, D), 2), ((D, 7), 0), ((D,), -1), ((2, D, 2, 2, 3), 1)], ids=str)
+def test_any_layout(name, shape, channel_dim):
+    quantizer = make(name, channel_dim)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    leading = torch.Size(x.movedim(channel_dim, -1).shape[:-1])
+    for mode in (True, False):
+        z, indices, loss = quantizer.train(mode)(x)
+        assert z.shape == x.shape and z.dtype == x.dtype and z.isfinite().all()
+        assert indices.shape == (*leading, 1) and indices.dtype == torch.int64 and 0 <= indices.min()
+        assert indices.max() < quantizer.num_indices and loss.shape == ()
+    decoded = quantizer.decode(indices)
+    assert torch.equal(decoded.movedim(-1, channel_dim), z)
+
+
+@EVERY
+def test_gradients_reach_input_and_parameters(name):
+    quantizer = make(name)
+    x = torch.randn(200, D, device=DEVICE, requires_grad=True)
+    z, _, loss = quantizer(x)
+    (z.square().sum() + loss).backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+    for parameter in quantizer.parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any(1).sum() > K // 2
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_half_latents_and_float_codes(name, dtype):
+    quantizer = make(name)
+    x = torch.randn(30, D, device=DEVICE).to(dtype).requires_grad_()
+    z, _, loss = quantizer(x)
+    (z.float().square().sum() + loss).backward()
+    assert z.dtype == dtype and x.grad.dtype == dtype and loss.dtype in (torch.float32, torch.float64)
+    z, indices, _ = quantizer.eval()(x)
+    assert quantizer.decode(indices).dtype == torch.float32
+    assert torch.equal(quantizer.decode(indices).to(dtype), z)
+
+
+@EVERY
+def test_evaluation_is_a_float64_search(name):
+    quantizer = make(name).eval()
+    x = torch.randn(300, D, device=DEVICE)
+    z, indices, _ = quantizer(x)
+    expected, _ = brute_force(x, quantizer.export())
+    assert torch.equal(indices[:, 0], expected) and torch.equal(z, quantizer.export()[expected])
+    assert torch.equal(quantizer(x).z, z)
+    assert quantizer.bits_per_latent == 4
+
+
+@EVERY
+def test_state_dict_round_trip(name):
+    first, second = make(name), make(name)
+    optimizer = torch.optim.SGD([*first.parameters(), torch.nn.Parameter(torch.zeros(()))], 0.1)
+    first.follow(optimizer)
+    for _ in range(3):
+        x = torch.randn(50, D, device=DEVICE, requires_grad=True)
+        z, _, loss = first(x)
+        (z.square().sum() + loss).backward()
+        optimizer.step()
+    second.load_state_dict(first.state_dict())
+    assert all(isinstance(value, torch.Tensor) for value in first.state_dict().values())
+    torch.manual_seed(5)
+    a = first(x)
+    torch.manual_seed(5)
+    b = second(x)
+    assert torch.equal(a.z, b.z) and torch.equal(a.indices, b.indices)
+    assert torch.equal(second.get_extra_state(), torch.tensor(3))
+    plain = VectorQuantizer(Codebook(K, D), SFDiVeQ()).to(DEVICE).eval()
+    plain.codebook.assign(first.export())
+    assert torch.equal(plain(x).z, first.eval()(x).z)
+
+
+@EVERY
+def test_rows_that_are_not_finite(name):
+    """They give NaN and change nothing else: no loss, no code, no other row."""
+    x = torch.randn(40, D, device=DEVICE)
+    dirty = x.clone()
+    dirty[7, 2] = torch.nan
+    keep = torch.arange(40, device=DEVICE) != 7
+    for mode in (True, False):
+        results = []
+        for rows in (dirty, x):
+            quantizer = make(name).train(mode)
+            quantizer.codebook.assign(torch.arange(K * D, device=DEVICE).view(K, D) / 50)
+            torch.manual_seed(1)
+            rows = rows.clone().requires_grad_()
+            z, _, loss = quantizer(rows)
+            (z[keep].square().sum() + loss).backward() if z.requires_grad else None
+            results.append((z, loss, rows.grad))
+        assert results[0][0][~keep].isnan().all() and results[0][1].isfinite()
+        assert torch.equal(results[0][0][keep], results[1][0][keep])
+        if mode and name not in ("ste", "ema"):
+            assert torch.equal(results[0][2][keep], results[1][2][keep])
+    quantizer = make(name)
+    quantizer(dirty)
+    quantizer.commit()
+    assert quantizer.export().isfinite().all()
+
+
+def test_ste_equation():
+    """DiVeQ eq. 2: gradients of reconstruction, codebook and commitment terms, in float64."""
+    quantizer = make("ste").double()
+    x = torch.randn(50, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    z, indices, loss = quantizer(x)
+    (z.square().sum() + loss).backward()
+    y = x.detach().clone().requires_grad_()
+    codes = quantizer.export().requires_grad_()
+    chosen = codes[torch.cdist(y, codes).argmin(1)]
+    q = y + (chosen - y).detach()
+    reference = q.square().sum() + F.mse_loss(y.detach(), chosen) + 0.25 * F.mse_loss(y, chosen.detach())
+    reference.backward()
+    torch.testing.assert_close(loss + z.square().sum(), reference, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(quantizer.codebook.weight.grad, codes.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_ema_equation():
+    """DiVeQ eq. 3 with h = 1 at first: c and h after three steps, in float64, code by code."""
+    quantizer = make("ema")
+    quantizer.codebook.double()
+    codes, h = quantizer.export(), torch.ones(K, dtype=torch.float64, device=DEVICE)
+    for _ in range(3):
+        x = torch.randn(40, D, dtype=torch.float64, device=DEVICE)
+        quantizer(x)
+        chosen = torch.cdist(x, codes).argmin(1)
+        for j in range(K):
+            rows = x[chosen == j]
+            h[j] = 0.99 * h[j] + 0.01 * len(rows)
+            if len(rows):
+                codes[j] = codes[j] + 0.01 * (rows.sum(0) - len(rows) * codes[j]) / h[j]
+        quantizer.commit()
+        torch.testing.assert_close(quantizer.export(), codes, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(quantizer.codebook.mass, h, rtol=1e-12, atol=1e-12)
+
+
+def test_ema_accumulates_in_float32_for_half_codes():
+    codebook = EMACodebook(4, 3, dtype=torch.float16)
+    assert codebook.sums.dtype == codebook.mass.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "direction"), [("diveq", "noisy"), ("diveq_detach", "detach"), ("nsvq", "random"), ("sf_diveq", "noisy"), ("sf_diveq_detach", "detach")])
+def test_family_equation(name, direction):
+    """DiVeQ eq. 7, 8, 12 and 16 through the module: seed from torch, search, direction, gradients."""
+    quantizer = make(name).double()
+    x = torch.randn(60, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    torch.manual_seed(9)
+    z, indices, loss = quantizer(x)
+    torch.manual_seed(9)
+    seed = int(torch.randint(0, 2**63 - 1, (), device=DEVICE))
+    codes = quantizer.export().requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    position, points = None, codes
+    if name.startswith("sf"):
+        from vqkernels import philox
+
+        words = philox.words(torch.tensor(seed, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), 4, 2)
+        lam = ((words >> 8).double() / 2**24).flatten()[: K - 1]
+        points = (1 - lam)[:, None] * codes[:-1] + lam[:, None] * codes[1:]
+    expected, _ = brute_force(y.detach(), points.detach())
+    assert torch.equal(indices[:, 0], expected)
+    position = lam[expected] if name.startswith("sf") else None
+    f = family(y, codes, expected, direction=direction, noise_std=1e-3**0.5, seed=seed, position=position)
+    # normals differ by 2^-18, and turn a direction by no more than sqrt(D) of that over its length
+    turn = max(float((2 * (1e-3**0.5 if direction == "noisy" else 1) * D**0.5 * 2**-18 / w).max()) for w in f.w_norm)
+    bound = (0 if direction == "detach" else turn) + 1e-12
+    g = torch.randn_like(z)
+    z.backward(g)
+    f.z.backward(g)
+    assert loss == 0
+    assert ((z - f.z).abs() <= sum(f.r) * bound + 1e-12).all()
+    size = g.norm(dim=1, keepdim=True) * len(f.r)
+    assert ((x.grad - y.grad).abs() <= size * bound).all()
+    assert ((quantizer.codebook.weight.grad - codes.grad).abs() <= size.sum() * bound).all()
+
+
+@pytest.mark.parametrize("estimator", [SFDiVeQ, SFDiVeQDetach])
+def test_three_evaluations(estimator):
+    """Rates and distortions of the three modes; the curve is the best, whole segments beat their levels."""
+    codebook = Codebook(K, D, init="normal").to(DEVICE)
+    x = torch.randn(500, D, device=DEVICE)
+    distortion, quantizer = {}, VectorQuantizer(codebook, estimator()).eval()
+    for mode, bits in (("codeword", 4), ("curve", 4), ("segment", 1), ("segment", 10)):
+        quantizer.estimator.evaluation, quantizer.estimator.bits = mode, bits
+        z, indices, _ = quantizer(x)
+        distortion[mode, bits] = (x - z).double().square().sum(1)
+        assert indices.shape[-1] == (2 if mode == "segment" else 1)
+        if mode != "curve":
+            assert torch.equal(quantizer.decode(indices), z)
+    assert (distortion["curve", 4] <= distortion["codeword", 4] + 1e-5).all()
+    assert (distortion["curve", 4] <= distortion["segment", 10] + 1e-5).all()
+    assert distortion["segment", 10].mean() < distortion["segment", 1].mean() < distortion["codeword", 4].mean()
+    assert quantizer.bits_per_latent == math.log2(K - 1) + 10
+    quantizer.estimator.evaluation = "curve"
+    assert quantizer.bits_per_latent == math.inf
+    quantizer.estimator.evaluation = "codeword"
+    assert quantizer.bits_per_latent == 4 and quantizer.num_indices == K
+    assert quantizer.train().num_indices == K - 1
+
+
+def test_metrics():
+    counts = code_counts(torch.tensor([[0, 1], [1, 3], [-1, 9]]), 4)
+    assert counts.tolist() == [1, 2, 0, 1]
+    assert usage(counts) == 0.75
+    p = torch.tensor([0.25, 0.5, 0.25])
+    torch.testing.assert_close(perplexity(counts), torch.exp(-(p * p.log()).sum()))
+    assert perplexity(torch.tensor([5, 0, 0])) == 1
+    torch.testing.assert_close(perplexity(torch.full((64,), 3)), torch.tensor(64.0))
+    assert perplexity(torch.zeros(3, dtype=torch.int64)).isnan()
+
+
+def test_export_is_a_copy():
+    quantizer = make("ste")
+    before = quantizer.export()
+    quantizer.codebook.assign(torch.zeros(K, D, device=DEVICE))
+    assert before.any() and not quantizer.export().any()
+
+
+def test_deepcopy_and_pickle(tmp_path):
+    quantizer = make("ema")
+    quantizer.follow(torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 0.1))
+    x = torch.randn(4, D, device=DEVICE)
+    torch.save(quantizer, tmp_path / "q.pt")
+    for other in (copy.deepcopy(quantizer), torch.load(tmp_path / "q.pt", weights_only=False)):
+        assert torch.equal(other.eval()(x).z, quantizer.eval()(x).z)

@@ -1,0 +1,269 @@
+"""Upkeep and the life cycle: codes change once per optimizer step, and only by what was really seen."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.utils.checkpoint import checkpoint
+
+from vqkernels.nn import EMACodebook, ImportanceReplacement, LatentMeans, STE, TwoPhase, VectorQuantizer, build
+from vqkernels.testing import DEVICE
+
+D, K = 5, 8
+
+
+def train(quantizer, optimizer, batches, *, accumulate=1):
+    for n, x in enumerate(batches):
+        z, _, loss = quantizer(x)
+        (z.square().mean() + loss).backward()
+        if (n + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def ema(**options):
+    torch.manual_seed(1)
+    return VectorQuantizer(EMACodebook(K, D, init="normal"), STE(codebook_weight=0), **options).to(DEVICE)
+
+
+def some_optimizer():
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 0.1)
+
+
+def test_a_forward_changes_no_code():
+    quantizer = ema()
+    before = quantizer.export()
+    quantizer(torch.randn(50, D, device=DEVICE))
+    assert torch.equal(quantizer.export(), before)
+    quantizer.commit()
+    assert not torch.equal(quantizer.export(), before)
+
+
+def test_commit_comes_with_the_next_forward_or_with_the_optimizer():
+    batches = [torch.randn(50, D, device=DEVICE, requires_grad=True) for _ in range(4)]
+    by_hook, by_forward, by_hand = ema(), ema(), ema()
+    optimizer = some_optimizer()
+    by_hook.follow(optimizer)
+    train(by_hook, optimizer, batches)
+    train(by_forward, some_optimizer(), batches)
+    for x in batches:
+        by_hand(x)
+        by_hand.commit()
+    assert torch.equal(by_hook.export(), by_hand.export())
+    # the last batch of the unfollowed one waits for the next forward
+    assert not torch.equal(by_forward.export(), by_hand.export())
+    by_forward(batches[0])
+    assert torch.equal(by_forward.export(), by_hand.export())
+
+
+def test_evaluation_accumulates_nothing():
+    quantizer = ema().eval()
+    quantizer(torch.randn(50, D, device=DEVICE))
+    assert not quantizer.codebook.counts.any()
+
+
+def test_gradient_accumulation_counts_once():
+    batches = [torch.randn(30, D, device=DEVICE, requires_grad=True) for _ in range(6)]
+    split, whole = ema(), ema()
+    for quantizer, data, accumulate in ((split, batches, 3), (whole, [torch.cat(batches[:3]), torch.cat(batches[3:])], 1)):
+        optimizer = some_optimizer()
+        quantizer.follow(optimizer)
+        train(quantizer, optimizer, data, accumulate=accumulate)
+    torch.testing.assert_close(split.export(), whole.export())
+    assert torch.equal(split.get_extra_state(), torch.tensor(2))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_once(reentrant):
+    x = torch.randn(50, D, device=DEVICE, requires_grad=True)
+    plain, again = ema(), ema()
+    (plain(x).z.square().sum()).backward()
+    (checkpoint(lambda v: again(v).z, x, use_reentrant=reentrant).square().sum()).backward()
+    assert torch.equal(plain.codebook.counts, again.codebook.counts) and plain.codebook.counts.sum() == 50
+    noisy = build("diveq", dim=D, num_codes=K).to(DEVICE)
+    grads = []
+    for run in (noisy, lambda v: checkpoint(noisy, v, use_reentrant=reentrant)):
+        torch.manual_seed(4)
+        y = x.detach().clone().requires_grad_()
+        run(y)[0].square().sum().backward()
+        grads.append(y.grad)
+    assert torch.equal(*grads)
+
+
+def test_following_twice_commits_once():
+    quantizer, optimizer = ema(), some_optimizer()
+    quantizer.follow(optimizer)
+    quantizer.follow(optimizer)
+    train(quantizer, optimizer, [torch.randn(5, D, device=DEVICE, requires_grad=True)])
+    assert quantizer.get_extra_state() == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "due"),
+    [
+        (TwoPhase(4000), [*range(100, 2001, 100), 2500, 3000]),
+        (TwoPhase(12, first=2, until=6, then=3, stop_before=2), [2, 4, 6, 9]),
+        (TwoPhase.scaled(1200), [100, 200, 300, 400, 500, 600, 900]),
+    ],
+    ids=["paper", "small", "scaled"],
+)
+def test_two_phases(schedule, due):
+    assert [step for step in range(1, schedule.total_steps + 1) if schedule.due(step)] == due
+
+
+def replacing(**options):
+    return ImportanceReplacement(TwoPhase(100, first=2, until=100, stop_before=0), **options)
+
+
+def test_importance_replacement():
+    """Codes that real counts call dead move next to used ones, in proportion to use; nothing else moves."""
+    quantizer = build("diveq", dim=2, num_codes=64, upkeep=[replacing()]).to(DEVICE)
+    codes = torch.full((64, 2), 1e3, device=DEVICE)
+    codes[0], codes[1] = torch.tensor([1.0, 0]), torch.tensor([0.0, 1])
+    quantizer.codebook.assign(codes)
+    # code 0 serves 3 rows for each one of code 1; code 2 serves a single row of 400
+    x = torch.cat([codes[0].expand(300, 2), codes[1].expand(99, 2), codes[2:3]])
+    for period in range(2):
+        quantizer(x)
+        quantizer.commit()
+        assert torch.equal(quantizer.export(), codes) == (period == 0)
+    new = quantizer.export()
+    # threshold 0.01 * 800 / 64 = 0.125 rows: two rows of code 2 are enough to live
+    assert torch.equal(new[:3], codes[:3])
+    from_first = (new[3:] - codes[0]).norm(dim=1) < 0.1
+    from_second = (new[3:] - codes[1]).norm(dim=1) < 0.1
+    from_third = (new[3:] == codes[2]).all(1) | ((new[3:] - codes[2]).norm(dim=1) < 10)
+    assert (from_first | from_second | from_third).all()
+    assert 30 <= from_first.sum() <= 58 and 3 <= from_second.sum() <= 30
+    # perturbed by 1e-3 of the source's root mean square, sqrt(1/2)
+    jitter = (new[3:] - codes[0])[from_first].std()
+    assert 0.5e-3 * 0.5**0.5 < jitter < 2e-3 * 0.5**0.5
+    assert len(new.unique(dim=0)) == 64 and not quantizer.upkeep[0].counts.any()
+
+
+def test_replacement_resets_moments():
+    quantizer = build("ste", dim=2, num_codes=4, upkeep=[replacing()]).to(DEVICE)
+    quantizer.codebook.assign(torch.tensor([[1.0, 0], [0, 1], [50, 50], [-50, 50]], device=DEVICE))
+    optimizer = torch.optim.Adam(quantizer.parameters(), 1e-3)
+    quantizer.follow(optimizer)
+    x = torch.tensor([[2.0, 0], [0, 2]], device=DEVICE).repeat(20, 1).requires_grad_()
+    state = optimizer.state[quantizer.codebook.weight]
+    train(quantizer, optimizer, [x])
+    state["exp_avg"].fill_(7)
+    train(quantizer, optimizer, [x])
+    assert not state["exp_avg"][2:].any() and not state["exp_avg_sq"][2:].any()
+    assert state["exp_avg"][:2].all()
+
+
+def test_replacement_without_data_changes_nothing():
+    quantizer = build("ste", dim=2, num_codes=4, upkeep=[replacing()])
+    before = quantizer.export()
+    for _ in range(4):
+        quantizer.commit()
+    assert torch.equal(quantizer.export(), before)
+
+
+def test_replacement_does_not_wait_for_the_device():
+    """No value leaves the device in a forward or a commit: the meta device has none to give."""
+    quantizer = build("ema", dim=D, num_codes=K, upkeep=[replacing()]).to("meta")
+    for _ in range(2):
+        quantizer.codebook.observe(torch.empty(9, D, device="meta"), torch.empty(9, dtype=torch.int64, device="meta"))
+        quantizer.upkeep[0].observe(torch.empty(9, D, device="meta"), torch.empty(9, dtype=torch.int64, device="meta"))
+        quantizer.commit()
+
+
+@pytest.mark.parametrize("rows", [3, 10, 64, 200])
+def test_latent_means(rows):
+    """Codes are means of consecutive blocks of the most recent finite latents, whatever the batch size."""
+    quantizer = build("sf_diveq", dim=D, num_codes=K, upkeep=[LatentMeans(30, latents_per_code=3)]).to(DEVICE)
+    kept = []
+    for step in range(30):
+        assert not quantizer.initialized
+        x = torch.randn(rows, D, device=DEVICE, requires_grad=True)
+        dirty = x.detach().clone()
+        dirty[0, 0] = torch.nan
+        z, indices, loss = quantizer(dirty.requires_grad_())
+        assert torch.equal(z[1:], dirty[1:]) and indices.eq(-1).all() and loss == 0
+        kept.append(dirty.detach()[1:])
+        z[1:].sum().backward()
+        # the codes take part in the graph, for data-parallel reducers
+        assert quantizer.codebook.weight.grad is not None
+        quantizer.commit()
+    latents = torch.cat(kept)[-3 * K :]
+    block = len(latents) // K
+    expected = latents[: block * K].view(K, block, D).mean(1)
+    assert quantizer.initialized
+    torch.testing.assert_close(quantizer.export(), expected)
+    assert quantizer.upkeep[0].recent.numel() == 0
+    assert quantizer(x).indices.min() >= 0
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_warm_up_survives_a_state_dict(steps):
+    def fresh():
+        return build("sf_diveq", dim=D, num_codes=K, upkeep=[LatentMeans(4, latents_per_code=2)]).to(DEVICE)
+
+    torch.manual_seed(0)
+    batches = [torch.randn(10, D, device=DEVICE) for _ in range(8)]
+    whole, first, second = fresh(), fresh(), fresh()
+    for x in batches:
+        whole(x)
+        whole.commit()
+    for x in batches[:steps]:
+        first(x)
+        first.commit()
+    second.load_state_dict(first.state_dict())
+    assert second.initialized == (steps > 4)
+    for x in batches[steps:]:
+        second(x)
+        second.commit()
+    assert torch.equal(whole.export(), second.export())
+
+
+def _rank(rank, port, x, queue):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    queue.put((rank, *_steps(x.chunk(2)[rank])))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _steps(x):
+    torch.manual_seed(3)
+    quantizers = [
+        build("ema", dim=D, num_codes=K, upkeep=[replacing()]),
+        build("sf_diveq", dim=D, num_codes=K, upkeep=[LatentMeans(2, latents_per_code=8)]),
+    ]
+    seen = []
+    for quantizer in quantizers:
+        for _ in range(4):
+            z = quantizer(x).z
+            quantizer.commit()
+        seen += [quantizer.export().numpy(), z.detach().numpy()]
+    return seen
+
+
+def test_two_processes_equal_one():
+    """Statistics, replacement, warm-up and noise of two ranks equal one process on the joint batch."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.manual_seed(7)
+    x = torch.randn(64, D)
+    expected = _steps(x)
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_rank, args=(rank, port, x, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = sorted((queue.get(timeout=120) for _ in workers), key=lambda part: part[0])
+    for worker in workers:
+        worker.join(30)
+    for at in (0, 2):
+        assert (found[0][at + 1] == found[1][at + 1]).all()
+    torch.testing.assert_close(torch.tensor(found[0][1]), torch.tensor(expected[0]))
+    joint = torch.cat([torch.tensor(part[2]) for part in found])
+    torch.testing.assert_close(joint, torch.tensor(expected[1]))
