@@ -10,7 +10,9 @@ from vqkernels.testing import DEVICE
 
 # triton runs on a gpu, or on the cpu in an interpreter that has a process of its own
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ("triton",) if INTERPRETED else ("native", "reference", *(("triton",) if DEVICE.type == "cuda" else ()))
+BACKENDS = (
+    ("triton",) if INTERPRETED else ("native", "reference", *(("triton",) if DEVICE.type == "cuda" else ()))
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -55,5 +55,7 @@ def test_what_counts_for_nothing(backend, need):
 
 def test_empty_batch(backend, need):
     need("code_sums", torch.float32)
-    counts, sums = code_sums(torch.zeros(0, 4, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE), 3, backend=backend)
+    counts, sums = code_sums(
+        torch.zeros(0, 4, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE), 3, backend=backend
+    )
     assert counts.tolist() == [0, 0, 0] and not sums.any()

@@ -14,7 +14,9 @@ FUNCTIONS = {
     "nearest_segment": lambda x, c: vq.nearest_segment(x, c).position,
     "diveq": lambda x, c: vq.diveq(x, c, seed=3).z,
     "sf_diveq": lambda x, c: vq.sf_diveq(x, c, seed=3).z,
-    "directional": lambda x, c: vq.directional(x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), direction="detach"),
+    "directional": lambda x, c: vq.directional(
+        x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), direction="detach"
+    ),
     "code_sums": lambda x, c: vq.code_sums(x, torch.zeros_like(x[..., 0], dtype=torch.int64), 3).sums,
 }
 
@@ -26,9 +28,15 @@ def samples(layout):
     codes, seed = torch.randn(9, 7, device=DEVICE), torch.tensor(5, device=DEVICE)
     indices = torch.randint(0, 8, x.shape[:-1], device=DEVICE)
     position = torch.rand(x.shape[:-1], device=DEVICE)
-    family = [(x, codes, indices, at, seed, direction, 0.1, 4) for at in (None, position) for direction in (0, 1)]
+    family = [
+        (x, codes, indices, at, seed, direction, 0.1, 4) for at in (None, position) for direction in (0, 1)
+    ]
     return {
-        "nearest_code": [(x, codes, None, True), (x, codes, torch.rand(8, device=DEVICE), True), (x, codes, None, False)],
+        "nearest_code": [
+            (x, codes, None, True),
+            (x, codes, torch.rand(8, device=DEVICE), True),
+            (x, codes, None, False),
+        ],
         "nearest_segment": [(x, codes)],
         "directional": family,
         "directional_backward": [(torch.randn_like(x), *args) for args in family],
@@ -71,7 +79,11 @@ def test_functions(name, layout, backend, need):
 def test_modules(name):
     """A training step and an evaluation of every method, upkeep included, compile without a graph break."""
     torch._dynamo.reset()
-    upkeep = [LatentMeans(1, latents_per_code=1)] if METHODS[name].warm_up else [ImportanceReplacement(TwoPhase(9, 2))]
+    upkeep = (
+        [LatentMeans(1, latents_per_code=1)]
+        if METHODS[name].warm_up
+        else [ImportanceReplacement(TwoPhase(9, 2))]
+    )
     quantizer = build(name, dim=6, num_codes=8, channel_dim=1, upkeep=upkeep).to(DEVICE)
     optimizer = torch.optim.Adam([*quantizer.parameters(), torch.nn.Parameter(torch.zeros(()))])
     quantizer.follow(optimizer)
@@ -106,5 +118,5 @@ def test_inductor():
 
 def test_compiling_without_an_optimizer_is_refused():
     quantizer = build("ema", dim=4, num_codes=4)
-    with pytest.raises(Exception, match="Call quantizer.follow"):
+    with pytest.raises(Exception, match=r"Call quantizer\.follow"):
         torch.compile(quantizer, fullgraph=True, backend="aot_eager")(torch.randn(3, 4))

@@ -9,7 +9,9 @@ from vqkernels.ops.directional import DIRECTIONS, NOISE_STD, directional_backwar
 from vqkernels.testing import DEVICE, LAYOUTS, brute_force, clusters, family, family_bounds, strided
 
 MEMBERS = [("noisy", False), ("detach", False), ("random", False), ("noisy", True), ("detach", True)]
-MEMBER = pytest.mark.parametrize(("direction", "segments"), MEMBERS, ids=["diveq", "diveq_detach", "nsvq", "sf_diveq", "sf_diveq_detach"])
+MEMBER = pytest.mark.parametrize(
+    ("direction", "segments"), MEMBERS, ids=["diveq", "diveq_detach", "nsvq", "sf_diveq", "sf_diveq_detach"]
+)
 SHAPES = [(1, 2, 1), (3, 5, 4), (17, 3, 7), (129, 40, 130)]
 SEED = 1234567890123
 
@@ -25,7 +27,16 @@ def case(shape, dtype, segments, layout="contiguous", code_dtype=None):
 
 def differentiate(x, codes, indices, position, direction, backend, grad, **options):
     x, codes = x.detach().requires_grad_(), codes.detach().requires_grad_()
-    z = directional(x, codes, indices.view(x.shape[:-1]), direction=direction, position=None if position is None else position.view(x.shape[:-1]), seed=SEED, backend=backend, **options)
+    z = directional(
+        x,
+        codes,
+        indices.view(x.shape[:-1]),
+        direction=direction,
+        position=None if position is None else position.view(x.shape[:-1]),
+        seed=SEED,
+        backend=backend,
+        **options,
+    )
     z.backward(grad.view(z.shape))
     return z.detach(), x.grad, codes.grad
 
@@ -37,10 +48,24 @@ def check(x, codes, indices, position, direction, backend, noise_std=NOISE_STD, 
     z, grad_x, grad_codes = differentiate(
         x, codes, indices, position, direction, backend, grad, noise_std=noise_std, row_offset=row_offset
     )
-    assert z.shape == x.shape and z.dtype == x.dtype and grad_x.dtype == x.dtype and grad_codes.dtype == codes.dtype
+    assert (
+        z.shape == x.shape
+        and z.dtype == x.dtype
+        and grad_x.dtype == x.dtype
+        and grad_codes.dtype == codes.dtype
+    )
     flat = x.detach().reshape(n, d).double().requires_grad_()
     wide = codes.detach().double().requires_grad_()
-    f = family(flat, wide, indices, direction=direction, noise_std=noise_std, seed=SEED, position=position, row_offset=row_offset)
+    f = family(
+        flat,
+        wide,
+        indices,
+        direction=direction,
+        noise_std=noise_std,
+        seed=SEED,
+        position=position,
+        row_offset=row_offset,
+    )
     f.z.backward(grad.double())
     arithmetic = torch.promote_types(torch.promote_types(x.dtype, codes.dtype), torch.float32)
     z_bound, x_bound, p_bounds = family_bounds(
@@ -73,7 +98,16 @@ def test_layouts(layout, direction, segments, backend, need):
     check(*case((60, 9, 10), torch.float32, segments, layout), direction, backend)
 
 
-@pytest.mark.parametrize("pair", [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
 @MEMBER
 def test_mixed_dtypes(pair, direction, segments, backend, need):
     need("directional", *pair)
@@ -125,13 +159,15 @@ def test_sum_rule(dtype, direction, segments, backend, need):
     total = grad_x.double() + grad_codes.double()[0::2] + grad_codes.double()[1::2]
     f = family(x, codes, indices, direction=direction, noise_std=NOISE_STD, seed=SEED, position=position)
     size = grad.double().norm(dim=1, keepdim=True)
-    size = size + sum(w * (grad.double() * u).sum(1, keepdim=True).abs() for w, u in zip(f.weights, f.u, strict=True))
+    size = size + sum(
+        w * (grad.double() * u).sum(1, keepdim=True).abs() for w, u in zip(f.weights, f.u, strict=True)
+    )
     assert ((total - grad.double()).abs() <= 4 * torch.finfo(dtype).eps * size).all()
 
 
 def test_detach_returns_the_point(backend, need):
     need("directional", torch.float32)
-    x, codes, indices, position = case((40, 9, 10), torch.float32, True)
+    x, codes, indices, _ = case((40, 9, 10), torch.float32, True)
     assert torch.equal(directional(x, codes, indices, direction="detach", backend=backend), codes[indices])
     ends = torch.tensor([0.0, 1.0], device=DEVICE).repeat(20)
     z = directional(x, codes, indices, direction="detach", position=ends, backend=backend)
@@ -163,7 +199,9 @@ def test_masked_rows(direction, segments, backend, need):
     indices[3], indices[7] = -1, 9
     if segments:
         indices[11] = 8
-    z, gx, gc = differentiate(x, codes, indices, position, direction, backend, torch.ones(40, 10, device=DEVICE))
+    z, gx, gc = differentiate(
+        x, codes, indices, position, direction, backend, torch.ones(40, 10, device=DEVICE)
+    )
     dead = [3, 7, 11] if segments else [3, 7]
     assert not z[dead].any() and not gx[dead].any() and gc.isfinite().all()
     assert z[0].any()
@@ -175,7 +213,10 @@ def test_row_offset(backend, need):
     x, codes, _, _ = case((40, 9, 10), torch.float32, False)
     for run in (diveq, sf_diveq):
         whole = run(x, codes, seed=3, backend=backend).z
-        halves = [run(part, codes, seed=3, row_offset=start, backend=backend).z for start, part in ((0, x[:20]), (20, x[20:]))]
+        halves = [
+            run(part, codes, seed=3, row_offset=start, backend=backend).z
+            for start, part in ((0, x[:20]), (20, x[20:]))
+        ]
         assert torch.equal(whole, torch.cat(halves))
         assert not torch.equal(halves[1], run(x[20:], codes, seed=3, backend=backend).z)
 
@@ -199,7 +240,9 @@ def test_second_derivatives_are_refused(backend, need):
     need("directional", torch.float32)
     x, codes, indices, _ = case((4, 3, 5), torch.float32, False)
     x = x.requires_grad_()
-    (g,) = torch.autograd.grad(directional(x, codes, indices, backend=backend).square().sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad(
+        directional(x, codes, indices, backend=backend).square().sum(), x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
 
@@ -219,13 +262,24 @@ def test_reference_by_finite_differences(direction, segments):
     assert torch.autograd.gradcheck(surrogate, (x.clone().requires_grad_(), codes.clone().requires_grad_()))
     grad = torch.randn_like(x)
     seed = torch.tensor(SEED, device=DEVICE)
-    args = (x[None], codes, indices[None], None if position is None else position[None], seed, DIRECTIONS.index(direction), 0.3, 0)
+    args = (
+        x[None],
+        codes,
+        indices[None],
+        None if position is None else position[None],
+        seed,
+        DIRECTIONS.index(direction),
+        0.3,
+        0,
+    )
     found = directional_backward_op(grad[None], *args, backend="reference")
     leaf_x, leaf_codes = x.clone().requires_grad_(), codes.clone().requires_grad_()
     expected = torch.autograd.grad(surrogate(leaf_x, leaf_codes), (leaf_x, leaf_codes), grad)
     torch.testing.assert_close(found[0][0], expected[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-12)
-    torch.testing.assert_close(directional_op(*args, backend="reference")[0], surrogate(x, codes), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        directional_op(*args, backend="reference")[0], surrogate(x, codes), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -244,7 +298,7 @@ def test_diveq_and_sf_diveq(dtype, backend, need):
     z, segments, position = sf_diveq(x, codes, seed=SEED, backend=backend)
     lam = position.double()[:, None]
     points = (1 - lam) * codes[segments].double() + lam * codes[segments + 1].double()
-    assert segments.max() < 29 and 0 <= position.min() and position.max() < 1
+    assert segments.max() < 29 and position.min() >= 0 and position.max() < 1
     # no other dithered point of this pass is nearer
     by_segment = torch.full((29,), torch.nan, device=DEVICE)
     by_segment[segments] = position
@@ -252,7 +306,10 @@ def test_diveq_and_sf_diveq(dtype, backend, need):
     lam = by_segment[known].double()[:, None]
     all_points = (1 - lam) * codes[known].double() + lam * codes[known + 1].double()
     best = brute_force(x.detach(), all_points.detach())[1]
-    assert torch.equal((x.double() - points).detach().square().sum(1) <= best * (1 + 1e-12), torch.ones_like(best, dtype=torch.bool))
+    assert torch.equal(
+        (x.double() - points).detach().square().sum(1) <= best * (1 + 1e-12),
+        torch.ones_like(best, dtype=torch.bool),
+    )
     z.sum().backward()
     assert x.grad.isfinite().all() and codes.grad.any()
 
@@ -260,7 +317,10 @@ def test_diveq_and_sf_diveq(dtype, backend, need):
 def test_seeds(backend, need):
     need("directional", torch.float32)
     x, codes = clusters(20, 5, 6)
-    assert torch.equal(diveq(x, codes, seed=4, backend=backend).z, diveq(x, codes, seed=torch.tensor(4, device=DEVICE), backend=backend).z)
+    assert torch.equal(
+        diveq(x, codes, seed=4, backend=backend).z,
+        diveq(x, codes, seed=torch.tensor(4, device=DEVICE), backend=backend).z,
+    )
     assert not torch.equal(diveq(x, codes, backend=backend).z, diveq(x, codes, backend=backend).z)
     torch.manual_seed(3)
     first = diveq(x, codes, backend=backend).z
@@ -270,7 +330,10 @@ def test_seeds(backend, need):
 
 def test_empty_batch(backend, need):
     need("directional", torch.float32)
-    x, codes = torch.zeros(2, 0, 4, device=DEVICE, requires_grad=True), torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    x, codes = (
+        torch.zeros(2, 0, 4, device=DEVICE, requires_grad=True),
+        torch.randn(3, 4, device=DEVICE, requires_grad=True),
+    )
     for run in (diveq, sf_diveq):
         z = run(x, codes, backend=backend).z
         z.sum().backward()

@@ -8,7 +8,16 @@ import torch
 
 import vqkernels as vq
 from vqkernels import BackendError
-from vqkernels.nn import DiVeQ, EMACodebook, ImportanceReplacement, LatentMeans, SFDiVeQ, TwoPhase, VectorQuantizer, build
+from vqkernels.nn import (
+    DiVeQ,
+    EMACodebook,
+    ImportanceReplacement,
+    LatentMeans,
+    SFDiVeQ,
+    TwoPhase,
+    VectorQuantizer,
+    build,
+)
 from vqkernels.nn.codebooks import Codebook
 
 X, C = torch.randn(6, 4), torch.randn(5, 4)
@@ -16,49 +25,201 @@ INDEX = torch.zeros(6, dtype=torch.int64)
 SEED32 = torch.tensor(1, dtype=torch.int32)
 
 CASES = {
-    "wrong rank of the codebook": (lambda: vq.nearest_code(X, C[0]), ValueError, r"codebook must be \(K, D\); got shape \(4,\)"),
-    "scalar x": (lambda: vq.nearest_code(X[0, 0], C), ValueError, r"x must be \(\.\.\., D\); got a 0-d tensor"),
-    "D mismatch": (lambda: vq.nearest_code(X, torch.randn(5, 3)), ValueError, r"codebook must be \(K, 4\) .* got \(5, 3\)"),
-    "transposed codebook": (lambda: vq.diveq(X, torch.randn(4, 9)), ValueError, r"got \(4, 9\)\. Pass codebook\.t\(\)"),
-    "integer x": (lambda: vq.nearest_code(X.long(), C), TypeError, r"x must be float16.*got torch\.int64\. Call x\.float\(\)"),
-    "integer codebook": (lambda: vq.sf_diveq(X, C.int()), TypeError, r"codebook must be float16.*got torch\.int32"),
+    "wrong rank of the codebook": (
+        lambda: vq.nearest_code(X, C[0]),
+        ValueError,
+        r"codebook must be \(K, D\); got shape \(4,\)",
+    ),
+    "scalar x": (
+        lambda: vq.nearest_code(X[0, 0], C),
+        ValueError,
+        r"x must be \(\.\.\., D\); got a 0-d tensor",
+    ),
+    "D mismatch": (
+        lambda: vq.nearest_code(X, torch.randn(5, 3)),
+        ValueError,
+        r"codebook must be \(K, 4\) .* got \(5, 3\)",
+    ),
+    "transposed codebook": (
+        lambda: vq.diveq(X, torch.randn(4, 9)),
+        ValueError,
+        r"got \(4, 9\)\. Pass codebook\.t\(\)",
+    ),
+    "integer x": (
+        lambda: vq.nearest_code(X.long(), C),
+        TypeError,
+        r"x must be float16.*got torch\.int64\. Call x\.float\(\)",
+    ),
+    "integer codebook": (
+        lambda: vq.sf_diveq(X, C.int()),
+        TypeError,
+        r"codebook must be float16.*got torch\.int32",
+    ),
     "not a tensor": (lambda: vq.nearest_code([[1.0]], C), TypeError, r"x must be a tensor; got list"),
-    "another device": (lambda: vq.nearest_code(X, C.to("meta")), ValueError, r"codebook must be on cpu as x is; got meta\. Call"),
+    "another device": (
+        lambda: vq.nearest_code(X, C.to("meta")),
+        ValueError,
+        r"codebook must be on cpu as x is; got meta\. Call",
+    ),
     "K = 0": (lambda: vq.nearest_code(X, C[:0]), ValueError, r"codebook must have at least 1 code; got 0"),
     "D = 0": (lambda: vq.nearest_code(X[:, :0], C[:, :0]), ValueError, r"at least one feature; got 0"),
-    "K = 1 for SF-DiVeQ": (lambda: vq.sf_diveq(X, C[:1]), ValueError, r"sf_diveq: codebook must have at least 2 codes; got 1"),
+    "K = 1 for SF-DiVeQ": (
+        lambda: vq.sf_diveq(X, C[:1]),
+        ValueError,
+        r"sf_diveq: codebook must have at least 2 codes; got 1",
+    ),
     "K = 1 for segments": (lambda: vq.nearest_segment(X, C[:1]), ValueError, r"at least 2 codes; got 1"),
-    "negative noise_std": (lambda: vq.diveq(X, C, noise_std=-1.0), ValueError, r"noise_std must be finite and not negative; got -1\.0"),
-    "infinite noise_std": (lambda: vq.sf_diveq(X, C, noise_std=math.inf), ValueError, r"noise_std must be finite.*got inf"),
-    "nan noise_std": (lambda: DiVeQ(noise_std=math.nan), ValueError, r"DiVeQ: noise_std must be finite.*got nan"),
-    "noise_std of another type": (lambda: vq.diveq(X, C, noise_std="1"), TypeError, r"noise_std must be a number; got str"),
-    "seed of another dtype": (lambda: vq.diveq(X, C, seed=SEED32), TypeError, r"seed must be an int or an int64 tensor; got torch\.int32"),
-    "seed of floats": (lambda: vq.diveq(X, C, seed=1.5), TypeError, r"seed must be an int or an int64 tensor; got float"),
-    "a seed per row": (lambda: vq.diveq(X, C, seed=INDEX), ValueError, r"seed must be a 0-d tensor; got shape \(6,\)"),
-    "a seed of 65 bits": (lambda: vq.diveq(X, C, seed=2**64), ValueError, r"seed must fit in 64 bits; got 18446744073709551616"),
-    "negative row_offset": (lambda: vq.diveq(X, C, row_offset=-1), ValueError, r"row_offset must be at least 0; got -1"),
-    "unknown backend": (lambda: vq.nearest_code(X, C, backend="cutlass"), BackendError, r"backend must be one of 'native', 'triton', 'reference'; got 'cutlass'"),
-    "unknown backend for a block": (lambda: vq.use_backend("cuda").__enter__(), BackendError, r"use_backend: backend must be one of .* got 'cuda'"),
-    "a backend that cannot run": (lambda: vq.nearest_code(X.double(), C, backend="triton"), BackendError, r"backend 'triton' cannot run these inputs: it needs float16, bfloat16 or float32|triton is not installed"),
-    "a backend without a body": (lambda: vq.nearest_segment(X, C, backend="native"), BackendError, r"nearest_segment: backend 'native' cannot run these inputs: it has no body"),
-    "indices of another dtype": (lambda: vq.directional(X, C, INDEX.int()), TypeError, r"indices must be an int64 tensor; got torch\.int32\. Call indices\.long\(\)"),
-    "indices of another shape": (lambda: vq.directional(X, C, INDEX[:3]), ValueError, r"indices must be \(6,\) to match x; got \(3,\)"),
-    "position of another shape": (lambda: vq.directional(X, C, INDEX, position=X), ValueError, r"position must be \(6,\) to match x; got \(6, 4\)"),
-    "unknown direction": (lambda: vq.directional(X, C, INDEX, direction="up"), ValueError, r"direction must be one of 'noisy', 'detach', 'random'; got 'up'"),
-    "num_codes 0": (lambda: vq.code_sums(X, INDEX, 0), ValueError, r"code_sums: num_codes must be at least 1; got 0"),
-    "num_codes of another type": (lambda: vq.code_sums(X, INDEX, 2.0), TypeError, r"num_codes must be an int; got float"),
-    "too few codes for a quantizer": (lambda: build("sf_diveq", dim=4, num_codes=1), ValueError, r"at least 2 codes for SFDiVeQ; got 1"),
-    "unknown quantizer": (lambda: build("vq", dim=4, num_codes=8), ValueError, r"build: name must be one of 'ste', .* got 'vq'"),
-    "noise for a method without": (lambda: build("ste", dim=4, num_codes=8, noise_std=0.1), ValueError, r"noise_std must be None for 'ste'.*got 0\.1"),
-    "features elsewhere": (lambda: build("ste", dim=4, num_codes=8)(torch.randn(2, 4, 5, 6)), ValueError, r"x must have 4 features in dimension -1; got shape \(2, 4, 5, 6\)"),
-    "integer latents": (lambda: build("ste", dim=4, num_codes=8)(INDEX), TypeError, r"VectorQuantizer: x must be float16.*got torch\.int64"),
-    "no codes": (lambda: build("ste", dim=4, num_codes=0), ValueError, r"Codebook: num_codes must be at least 1; got 0"),
+    "negative noise_std": (
+        lambda: vq.diveq(X, C, noise_std=-1.0),
+        ValueError,
+        r"noise_std must be finite and not negative; got -1\.0",
+    ),
+    "infinite noise_std": (
+        lambda: vq.sf_diveq(X, C, noise_std=math.inf),
+        ValueError,
+        r"noise_std must be finite.*got inf",
+    ),
+    "nan noise_std": (
+        lambda: DiVeQ(noise_std=math.nan),
+        ValueError,
+        r"DiVeQ: noise_std must be finite.*got nan",
+    ),
+    "noise_std of another type": (
+        lambda: vq.diveq(X, C, noise_std="1"),
+        TypeError,
+        r"noise_std must be a number; got str",
+    ),
+    "seed of another dtype": (
+        lambda: vq.diveq(X, C, seed=SEED32),
+        TypeError,
+        r"seed must be an int or an int64 tensor; got torch\.int32",
+    ),
+    "seed of floats": (
+        lambda: vq.diveq(X, C, seed=1.5),
+        TypeError,
+        r"seed must be an int or an int64 tensor; got float",
+    ),
+    "a seed per row": (
+        lambda: vq.diveq(X, C, seed=INDEX),
+        ValueError,
+        r"seed must be a 0-d tensor; got shape \(6,\)",
+    ),
+    "a seed of 65 bits": (
+        lambda: vq.diveq(X, C, seed=2**64),
+        ValueError,
+        r"seed must fit in 64 bits; got 18446744073709551616",
+    ),
+    "negative row_offset": (
+        lambda: vq.diveq(X, C, row_offset=-1),
+        ValueError,
+        r"row_offset must be at least 0; got -1",
+    ),
+    "unknown backend": (
+        lambda: vq.nearest_code(X, C, backend="cutlass"),
+        BackendError,
+        r"backend must be one of 'native', 'triton', 'reference'; got 'cutlass'",
+    ),
+    "unknown backend for a block": (
+        lambda: vq.use_backend("cuda").__enter__(),
+        BackendError,
+        r"use_backend: backend must be one of .* got 'cuda'",
+    ),
+    "a backend that cannot run": (
+        lambda: vq.nearest_code(X.double(), C, backend="triton"),
+        BackendError,
+        r"backend 'triton' cannot run these inputs: it needs float16, bfloat16 or float32|triton is not installed",
+    ),
+    "a backend without a body": (
+        lambda: vq.nearest_segment(X, C, backend="native"),
+        BackendError,
+        r"nearest_segment: backend 'native' cannot run these inputs: it has no body",
+    ),
+    "indices of another dtype": (
+        lambda: vq.directional(X, C, INDEX.int()),
+        TypeError,
+        r"indices must be an int64 tensor; got torch\.int32\. Call indices\.long\(\)",
+    ),
+    "indices of another shape": (
+        lambda: vq.directional(X, C, INDEX[:3]),
+        ValueError,
+        r"indices must be \(6,\) to match x; got \(3,\)",
+    ),
+    "position of another shape": (
+        lambda: vq.directional(X, C, INDEX, position=X),
+        ValueError,
+        r"position must be \(6,\) to match x; got \(6, 4\)",
+    ),
+    "unknown direction": (
+        lambda: vq.directional(X, C, INDEX, direction="up"),
+        ValueError,
+        r"direction must be one of 'noisy', 'detach', 'random'; got 'up'",
+    ),
+    "num_codes 0": (
+        lambda: vq.code_sums(X, INDEX, 0),
+        ValueError,
+        r"code_sums: num_codes must be at least 1; got 0",
+    ),
+    "num_codes of another type": (
+        lambda: vq.code_sums(X, INDEX, 2.0),
+        TypeError,
+        r"num_codes must be an int; got float",
+    ),
+    "too few codes for a quantizer": (
+        lambda: build("sf_diveq", dim=4, num_codes=1),
+        ValueError,
+        r"at least 2 codes for SFDiVeQ; got 1",
+    ),
+    "unknown quantizer": (
+        lambda: build("vq", dim=4, num_codes=8),
+        ValueError,
+        r"build: name must be one of 'ste', .* got 'vq'",
+    ),
+    "noise for a method without": (
+        lambda: build("ste", dim=4, num_codes=8, noise_std=0.1),
+        ValueError,
+        r"noise_std must be None for 'ste'.*got 0\.1",
+    ),
+    "features elsewhere": (
+        lambda: build("ste", dim=4, num_codes=8)(torch.randn(2, 4, 5, 6)),
+        ValueError,
+        r"x must have 4 features in dimension -1; got shape \(2, 4, 5, 6\)",
+    ),
+    "integer latents": (
+        lambda: build("ste", dim=4, num_codes=8)(INDEX),
+        TypeError,
+        r"VectorQuantizer: x must be float16.*got torch\.int64",
+    ),
+    "no codes": (
+        lambda: build("ste", dim=4, num_codes=0),
+        ValueError,
+        r"Codebook: num_codes must be at least 1; got 0",
+    ),
     "decay of 1": (lambda: EMACodebook(4, 4, decay=1.0), ValueError, r"decay must be in \[0, 1\); got 1\.0"),
-    "unknown init": (lambda: Codebook(4, 4, init="zeros"), ValueError, r"init must be one of 'uniform', 'normal'; got 'zeros'"),
-    "unknown evaluation": (lambda: SFDiVeQ(evaluation="line"), ValueError, r"evaluation must be one of 'codeword', 'curve', 'segment'; got 'line'"),
-    "replacement of segments": (lambda: build("sf_diveq", dim=4, num_codes=8, upkeep=[ImportanceReplacement(TwoPhase(10))]), ValueError, r"ImportanceReplacement: estimator must have one training index per code"),
-    "negative threshold": (lambda: ImportanceReplacement(TwoPhase(10), threshold=-1), ValueError, r"threshold must be finite and not negative; got -1"),
-    "a schedule without period": (lambda: TwoPhase(100, first=0), ValueError, r"TwoPhase: first must be at least 1; got 0"),
+    "unknown init": (
+        lambda: Codebook(4, 4, init="zeros"),
+        ValueError,
+        r"init must be one of 'uniform', 'normal'; got 'zeros'",
+    ),
+    "unknown evaluation": (
+        lambda: SFDiVeQ(evaluation="line"),
+        ValueError,
+        r"evaluation must be one of 'codeword', 'curve', 'segment'; got 'line'",
+    ),
+    "replacement of segments": (
+        lambda: build("sf_diveq", dim=4, num_codes=8, upkeep=[ImportanceReplacement(TwoPhase(10))]),
+        ValueError,
+        r"ImportanceReplacement: estimator must have one training index per code",
+    ),
+    "negative threshold": (
+        lambda: ImportanceReplacement(TwoPhase(10), threshold=-1),
+        ValueError,
+        r"threshold must be finite and not negative; got -1",
+    ),
+    "a schedule without period": (
+        lambda: TwoPhase(100, first=0),
+        ValueError,
+        r"TwoPhase: first must be at least 1; got 0",
+    ),
     "no warm-up steps": (lambda: LatentMeans(0), ValueError, r"LatentMeans: steps must be at least 1; got 0"),
 }
 

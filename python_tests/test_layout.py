@@ -62,7 +62,9 @@ def test_import_is_lean():
         "heavy = {'triton', 'matplotlib', 'accelerate', 'skimage', 'tyro', 'vqkernels.nn'} & (set(sys.modules) - before);"
         "assert not heavy, heavy; assert not torch.cuda.is_initialized()"
     )
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
     assert ran.returncode == 0 and ran.stdout == ran.stderr == "", ran.stderr
 
 

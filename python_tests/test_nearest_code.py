@@ -71,7 +71,11 @@ def test_exact_ties(backend, need):
     x = torch.rand(300, 1).expand(300, 13).to(DEVICE)
     check(x, codes, backend)
     # integers: every distance is exact, so ties are exact too
-    check(torch.randint(-2, 3, (500, 4)).float().to(DEVICE), torch.randint(-2, 3, (90, 4)).float().to(DEVICE), backend)
+    check(
+        torch.randint(-2, 3, (500, 4)).float().to(DEVICE),
+        torch.randint(-2, 3, (90, 4)).float().to(DEVICE),
+        backend,
+    )
 
 
 def test_duplicates(backend, need):
@@ -138,7 +142,9 @@ def test_rows_that_are_not_finite_touch_no_other(backend, need):
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 3, 5, 8)], ids=str)
 def test_empty_batch(shape, backend, need):
     need("nearest_code", torch.float32)
-    indices, sq_dist = nearest_code(torch.zeros(shape, device=DEVICE), torch.zeros(4, 8, device=DEVICE), backend=backend)
+    indices, sq_dist = nearest_code(
+        torch.zeros(shape, device=DEVICE), torch.zeros(4, 8, device=DEVICE), backend=backend
+    )
     assert indices.shape == sq_dist.shape == shape[:-1]
     assert indices.dtype == torch.int64
 
@@ -148,8 +154,17 @@ def test_batch_shapes(backend, need):
     codes = torch.randn(11, 6, device=DEVICE)
     x = torch.randn(2, 3, 4, 5, 6, device=DEVICE)
     expected, _ = brute_force(x.reshape(-1, 6), codes)
-    for view in (x, x.permute(3, 1, 0, 2, 4), x[:, ::2, 1:, ::2], x[0, 0, 0, 0], x[:1, :, :1, :, :].expand(4, -1, 2, -1, -1)):
-        assert torch.equal(nearest_code(view, codes, backend=backend).indices, nearest_code(view.contiguous(), codes, backend="reference").indices)
+    for view in (
+        x,
+        x.permute(3, 1, 0, 2, 4),
+        x[:, ::2, 1:, ::2],
+        x[0, 0, 0, 0],
+        x[:1, :, :1, :, :].expand(4, -1, 2, -1, -1),
+    ):
+        assert torch.equal(
+            nearest_code(view, codes, backend=backend).indices,
+            nearest_code(view.contiguous(), codes, backend="reference").indices,
+        )
     assert torch.equal(nearest_code(x, codes, backend=backend).indices.flatten(), expected)
 
 

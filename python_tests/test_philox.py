@@ -40,7 +40,14 @@ def test_known_answers_of_backends(counter, key, result, backend, need):
     if block > 0 or stream > 0xFF:
         # a block this far is no row of ours: compare all backends with the oracle there instead
         block, low, high, stream = 3, 0xFFFFFFFF, 0x7FFF, 5
-        result = tuple(map(int, philox.philox(tuple(map(torch.tensor, (block, low, high, stream))), tuple(map(torch.tensor, key)))))
+        result = tuple(
+            map(
+                int,
+                philox.philox(
+                    tuple(map(torch.tensor, (block, low, high, stream))), tuple(map(torch.tensor, key))
+                ),
+            )
+        )
     seed = key[0] | key[1] << 32
     seed -= (seed >> 63) << 64
     words, _ = draw(backend, seed, 1, block + 1, stream, low | high << 32)

@@ -22,7 +22,11 @@ def make(name, channel_dim=-1, **options):
 
 
 @EVERY
-@pytest.mark.parametrize(("shape", "channel_dim"), [((5, D), -1), ((2, D, 3, 4), 1), ((2, 3, D), 2), ((D, 7), 0), ((D,), -1), ((2, D, 2, 2, 3), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"),
+    [((5, D), -1), ((2, D, 3, 4), 1), ((2, 3, D), 2), ((D, 7), 0), ((D,), -1), ((2, D, 2, 2, 3), 1)],
+    ids=str,
+)
 def test_any_layout(name, shape, channel_dim):
     quantizer = make(name, channel_dim)
     x = torch.randn(shape, device=DEVICE, requires_grad=True)
@@ -30,7 +34,7 @@ def test_any_layout(name, shape, channel_dim):
     for mode in (True, False):
         z, indices, loss = quantizer.train(mode)(x)
         assert z.shape == x.shape and z.dtype == x.dtype and z.isfinite().all()
-        assert indices.shape == (*leading, 1) and indices.dtype == torch.int64 and 0 <= indices.min()
+        assert indices.shape == (*leading, 1) and indices.dtype == torch.int64 and indices.min() >= 0
         assert indices.max() < quantizer.num_indices and loss.shape == ()
     decoded = quantizer.decode(indices)
     assert torch.equal(decoded.movedim(-1, channel_dim), z)
@@ -125,7 +129,7 @@ def test_ste_equation():
     """DiVeQ eq. 2: gradients of reconstruction, codebook and commitment terms, in float64."""
     quantizer = make("ste").double()
     x = torch.randn(50, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    z, indices, loss = quantizer(x)
+    z, _, loss = quantizer(x)
     (z.square().sum() + loss).backward()
     y = x.detach().clone().requires_grad_()
     codes = quantizer.export().requires_grad_()
@@ -162,7 +166,16 @@ def test_ema_accumulates_in_float32_for_half_codes():
     assert codebook.sums.dtype == codebook.mass.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "direction"), [("diveq", "noisy"), ("diveq_detach", "detach"), ("nsvq", "random"), ("sf_diveq", "noisy"), ("sf_diveq_detach", "detach")])
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("diveq", "noisy"),
+        ("diveq_detach", "detach"),
+        ("nsvq", "random"),
+        ("sf_diveq", "noisy"),
+        ("sf_diveq_detach", "detach"),
+    ],
+)
 def test_family_equation(name, direction):
     """DiVeQ eq. 7, 8, 12 and 16 through the module: seed from torch, search, direction, gradients."""
     quantizer = make(name).double()
@@ -177,7 +190,9 @@ def test_family_equation(name, direction):
     if name.startswith("sf"):
         from vqkernels import philox
 
-        words = philox.words(torch.tensor(seed, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), 4, 2)
+        words = philox.words(
+            torch.tensor(seed, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), 4, 2
+        )
         lam = ((words >> 8).double() / 2**24).flatten()[: K - 1]
         points = (1 - lam)[:, None] * codes[:-1] + lam[:, None] * codes[1:]
     expected, _ = brute_force(y.detach(), points.detach())
@@ -185,7 +200,9 @@ def test_family_equation(name, direction):
     position = lam[expected] if name.startswith("sf") else None
     f = family(y, codes, expected, direction=direction, noise_std=1e-3**0.5, seed=seed, position=position)
     # normals differ by 2^-18, and turn a direction by no more than sqrt(D) of that over its length
-    turn = max(float((2 * (1e-3**0.5 if direction == "noisy" else 1) * D**0.5 * 2**-18 / w).max()) for w in f.w_norm)
+    turn = max(
+        float((2 * (1e-3**0.5 if direction == "noisy" else 1) * D**0.5 * 2**-18 / w).max()) for w in f.w_norm
+    )
     bound = (0 if direction == "detach" else turn) + 1e-12
     g = torch.randn_like(z)
     z.backward(g)
@@ -212,7 +229,9 @@ def test_three_evaluations(estimator):
             assert torch.equal(quantizer.decode(indices), z)
     assert (distortion["curve", 4] <= distortion["codeword", 4] + 1e-5).all()
     assert (distortion["curve", 4] <= distortion["segment", 10] + 1e-5).all()
-    assert distortion["segment", 10].mean() < distortion["segment", 1].mean() < distortion["codeword", 4].mean()
+    assert (
+        distortion["segment", 10].mean() < distortion["segment", 1].mean() < distortion["codeword", 4].mean()
+    )
     assert quantizer.bits_per_latent == math.log2(K - 1) + 10
     quantizer.estimator.evaluation = "curve"
     assert quantizer.bits_per_latent == math.inf

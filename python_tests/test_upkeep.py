@@ -5,7 +5,15 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
-from vqkernels.nn import EMACodebook, ImportanceReplacement, LatentMeans, STE, TwoPhase, VectorQuantizer, build
+from vqkernels.nn import (
+    STE,
+    EMACodebook,
+    ImportanceReplacement,
+    LatentMeans,
+    TwoPhase,
+    VectorQuantizer,
+    build,
+)
 from vqkernels.testing import DEVICE
 
 D, K = 5, 8
@@ -64,7 +72,10 @@ def test_evaluation_accumulates_nothing():
 def test_gradient_accumulation_counts_once():
     batches = [torch.randn(30, D, device=DEVICE, requires_grad=True) for _ in range(6)]
     split, whole = ema(), ema()
-    for quantizer, data, accumulate in ((split, batches, 3), (whole, [torch.cat(batches[:3]), torch.cat(batches[3:])], 1)):
+    for quantizer, data, accumulate in (
+        (split, batches, 3),
+        (whole, [torch.cat(batches[:3]), torch.cat(batches[3:])], 1),
+    ):
         optimizer = some_optimizer()
         quantizer.follow(optimizer)
         train(quantizer, optimizer, data, accumulate=accumulate)
@@ -166,8 +177,12 @@ def test_replacement_does_not_wait_for_the_device():
     """No value leaves the device in a forward or a commit: the meta device has none to give."""
     quantizer = build("ema", dim=D, num_codes=K, upkeep=[replacing()]).to("meta")
     for _ in range(2):
-        quantizer.codebook.observe(torch.empty(9, D, device="meta"), torch.empty(9, dtype=torch.int64, device="meta"))
-        quantizer.upkeep[0].observe(torch.empty(9, D, device="meta"), torch.empty(9, dtype=torch.int64, device="meta"))
+        quantizer.codebook.observe(
+            torch.empty(9, D, device="meta"), torch.empty(9, dtype=torch.int64, device="meta")
+        )
+        quantizer.upkeep[0].observe(
+            torch.empty(9, D, device="meta"), torch.empty(9, dtype=torch.int64, device="meta")
+        )
         quantizer.commit()
 
 
@@ -176,7 +191,7 @@ def test_latent_means(rows):
     """Codes are means of consecutive blocks of the most recent finite latents, whatever the batch size."""
     quantizer = build("sf_diveq", dim=D, num_codes=K, upkeep=[LatentMeans(30, latents_per_code=3)]).to(DEVICE)
     kept = []
-    for step in range(30):
+    for _ in range(30):
         assert not quantizer.initialized
         x = torch.randn(rows, D, device=DEVICE, requires_grad=True)
         dirty = x.detach().clone()

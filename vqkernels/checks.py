@@ -14,7 +14,9 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def refuse(error: type[Exception], op: str, argument: str, requirement: str, got: object, fix: str) -> NoReturn:
+def refuse(
+    error: type[Exception], op: str, argument: str, requirement: str, got: object, fix: str
+) -> NoReturn:
     """Raise `error` with the one message grammar of the package."""
     raise error(f"{op}: {argument} must {requirement}; got {got}. {fix}.")
 
@@ -28,7 +30,7 @@ def check_floating(op: str, name: str, tensor: object) -> None:
         refuse(TypeError, op, name, "be float16, bfloat16, float32 or float64", tensor.dtype, fix)
 
 
-def check_codebook(op: str, codebook: object, *, min_codes: int = 1) -> None:
+def check_codebook(op: str, codebook: Tensor, *, min_codes: int = 1) -> None:
     """A `(K, D)` floating-point codebook with enough codes."""
     check_floating(op, "codebook", codebook)
     if codebook.dim() != 2:
@@ -39,10 +41,17 @@ def check_codebook(op: str, codebook: object, *, min_codes: int = 1) -> None:
         fix = f"Pass a codebook of {min_codes} or more rows"
         refuse(ValueError, op, "codebook", f"have at least {min_codes} {plural}", codebook.shape[0], fix)
     if codebook.shape[1] < 1:
-        refuse(ValueError, op, "codebook", "have at least one feature", 0, "Pass a codebook of one or more columns")
+        refuse(
+            ValueError,
+            op,
+            "codebook",
+            "have at least one feature",
+            0,
+            "Pass a codebook of one or more columns",
+        )
 
 
-def check_pair(op: str, x: object, codebook: object, *, min_codes: int = 1) -> None:
+def check_pair(op: str, x: Tensor, codebook: Tensor, *, min_codes: int = 1) -> None:
     """Latents `(..., D)` and a codebook `(K, D)` on one device."""
     check_floating(op, "x", x)
     check_codebook(op, codebook, min_codes=min_codes)
@@ -50,10 +59,21 @@ def check_pair(op: str, x: object, codebook: object, *, min_codes: int = 1) -> N
         refuse(ValueError, op, "x", "be (..., D)", "a 0-d tensor", "Call x.unsqueeze(0)")
     if x.shape[-1] != codebook.shape[1]:
         d, shape = x.shape[-1], tuple(codebook.shape)
-        fix = "Pass codebook.t()" if codebook.shape[0] == d else f"Move the {shape[1]} features of x to its last dimension"
+        fix = (
+            "Pass codebook.t()"
+            if codebook.shape[0] == d
+            else f"Move the {shape[1]} features of x to its last dimension"
+        )
         refuse(ValueError, op, "codebook", f"be (K, {d}) to match x of shape {tuple(x.shape)}", shape, fix)
     if x.device != codebook.device:
-        refuse(ValueError, op, "codebook", f"be on {x.device} as x is", codebook.device, "Call codebook.to(x.device)")
+        refuse(
+            ValueError,
+            op,
+            "codebook",
+            f"be on {x.device} as x is",
+            codebook.device,
+            "Call codebook.to(x.device)",
+        )
 
 
 def check_indices(op: str, indices: object, shape: torch.Size, device: torch.device) -> None:
@@ -65,17 +85,26 @@ def check_indices(op: str, indices: object, shape: torch.Size, device: torch.dev
         fix = "Pass one index per row of x"
         refuse(ValueError, op, "indices", f"be {tuple(shape)} to match x", tuple(indices.shape), fix)
     if indices.device != device:
-        refuse(ValueError, op, "indices", f"be on {device} as x is", indices.device, "Call indices.to(x.device)")
+        refuse(
+            ValueError, op, "indices", f"be on {device} as x is", indices.device, "Call indices.to(x.device)"
+        )
 
 
-def check_position(op: str, position: object, shape: torch.Size, device: torch.device) -> None:
+def check_position(op: str, position: Tensor, shape: torch.Size, device: torch.device) -> None:
     """A floating-point position in [0, 1] per row."""
     check_floating(op, "position", position)
     if position.shape != shape:
         fix = "Pass one position per row of x"
         refuse(ValueError, op, "position", f"be {tuple(shape)} to match x", tuple(position.shape), fix)
     if position.device != device:
-        refuse(ValueError, op, "position", f"be on {device} as x is", position.device, "Call position.to(x.device)")
+        refuse(
+            ValueError,
+            op,
+            "position",
+            f"be on {device} as x is",
+            position.device,
+            "Call position.to(x.device)",
+        )
 
 
 def check_noise_std(op: str, noise_std: object) -> float:
@@ -108,7 +137,7 @@ def check_seed(op: str, seed: Tensor | int | None, device: torch.device) -> Tens
     return seed
 
 
-def check_count(op: str, name: str, value: object, *, minimum: int = 0) -> int:
+def check_count(op: str, name: str, value: int, *, minimum: int = 0) -> int:
     """An integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         refuse(TypeError, op, name, "be an int", type(value).__name__, f"Pass int({name})")
@@ -117,7 +146,7 @@ def check_count(op: str, name: str, value: object, *, minimum: int = 0) -> int:
     return value
 
 
-def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> str:
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> str:
     """One of a few names."""
     if value not in choices:
         allowed = ", ".join(map(repr, choices))

@@ -123,9 +123,13 @@ class Op:
             return unknown_backend(self.name, wanted)
         if wanted is not None:
             reason = self._reason(wanted, device, dtypes)
-            return f"{self.name}: backend {wanted!r} cannot run these inputs: {reason}. Choose another backend."
+            return (
+                f"{self.name}: backend {wanted!r} cannot run these inputs: {reason}. Choose another backend."
+            )
         reasons = "; ".join(f"{name}: {why}" for name, why in self.explain_for(device, dtypes).items())
-        return f"{self.name}: no backend can run these inputs: {reasons}. Move the inputs to the cpu or to cuda."
+        return (
+            f"{self.name}: no backend can run these inputs: {reasons}. Move the inputs to the cpu or to cuda."
+        )
 
 
 def unknown_backend(op: str, name: str) -> str:

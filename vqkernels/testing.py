@@ -88,13 +88,22 @@ def family(
         length = torch.where(error.eq(0).all(1, keepdim=True), 0, error).square().sum(1, keepdim=True)
         length = torch.where(length > 0, length, 1).sqrt() * (length > 0)
         z = z + weight * length * unit
-        for kept, value in zip((e, r, u, w_norm), (error, length, unit, along.norm(dim=1, keepdim=True)), strict=True):
+        for kept, value in zip(
+            (e, r, u, w_norm), (error, length, unit, along.norm(dim=1, keepdim=True)), strict=True
+        ):
             kept.append(value.detach())
     return Family(z, e, r, u, weights, w_norm)
 
 
 def family_bounds(
-    f: Family, x: Tensor, grad: Tensor, *, direction: str, noise_std: float, dtype: torch.dtype, stored: torch.dtype
+    f: Family,
+    x: Tensor,
+    grad: Tensor,
+    *,
+    direction: str,
+    noise_std: float,
+    dtype: torch.dtype,
+    stored: torch.dtype,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Largest error of z, of dL/dx and of each dL/dp_m of one row, (N, 1), for arithmetic in `dtype`.
 

@@ -34,14 +34,29 @@ class Method:
 
 METHODS = {
     "ste": Method("the classical baseline; add replacement, or its codebook collapses", Codebook, STE),
-    "ema": Method("STE with codes that are moving averages; no codebook loss", EMACodebook, lambda: STE(codebook_weight=0)),
-    "diveq": Method("no auxiliary loss; precise codewords; add replacement", Codebook, lambda s: DiVeQ(noise_std=s), noisy=True),
+    "ema": Method(
+        "STE with codes that are moving averages; no codebook loss",
+        EMACodebook,
+        lambda: STE(codebook_weight=0),
+    ),
+    "diveq": Method(
+        "no auxiliary loss; precise codewords; add replacement",
+        Codebook,
+        lambda s: DiVeQ(noise_std=s),
+        noisy=True,
+    ),
     "diveq_detach": Method("DiVeQ without noise, nothing to tune", Codebook, DiVeQDetach),
     "nsvq": Method("noise of random direction; for comparison", Codebook, NSVQ),
     "sf_diveq": Method(
-        "full codebook use without replacement; warm up first", Codebook, lambda s: SFDiVeQ(noise_std=s), True, True
+        "full codebook use without replacement; warm up first",
+        Codebook,
+        lambda s: SFDiVeQ(noise_std=s),
+        True,
+        True,
     ),
-    "sf_diveq_detach": Method("SF-DiVeQ without noise, nothing to tune", Codebook, SFDiVeQDetach, warm_up=True),
+    "sf_diveq_detach": Method(
+        "SF-DiVeQ without noise, nothing to tune", Codebook, SFDiVeQDetach, warm_up=True
+    ),
 }
 
 
@@ -69,7 +84,14 @@ def build(
     """
     method = METHODS[check_choice("build", "name", name, tuple(METHODS))]
     if noise_std is not None and not method.noisy:
-        refuse(ValueError, "build", "noise_std", f"be None for {name!r}, which has none", noise_std, "Leave it out")
+        refuse(
+            ValueError,
+            "build",
+            "noise_std",
+            f"be None for {name!r}, which has none",
+            noise_std,
+            "Leave it out",
+        )
     noise = (NOISE_STD if noise_std is None else noise_std,) if method.noisy else ()
     return VectorQuantizer(
         method.codebook(num_codes, dim), method.estimator(*noise), upkeep, channel_dim=channel_dim

@@ -40,7 +40,9 @@ class Estimator(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor, seed: Tensor, row_offset: int) -> Estimate:
         """Quantize in training: x (..., D), codes (K, D), a 0-d int64 seed and the number of the first row."""
-        raise TypeError(f"{type(self).__name__}: forward must be defined by the subclass; got none. Define it.")
+        raise TypeError(
+            f"{type(self).__name__}: forward must be defined by the subclass; got none. Define it."
+        )
 
     def evaluate(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize without noise: (z, indices (..., Q)), z in the dtype of the codes."""

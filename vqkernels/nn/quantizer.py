@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqkernels.checks import check_floating, refuse
 from vqkernels.nn._random import draw_seed, first_row
 from vqkernels.nn.codebooks import Codebook
-from vqkernels.nn.estimators import Estimator, gather
+from vqkernels.nn.estimators import Estimator
 from vqkernels.nn.upkeep import Upkeep
 
 
@@ -47,12 +47,24 @@ class VectorQuantizer(nn.Module):
     """
 
     def __init__(
-        self, codebook: Codebook, estimator: Estimator, upkeep: Sequence[Upkeep] = (), *, channel_dim: int = -1
+        self,
+        codebook: Codebook,
+        estimator: Estimator,
+        upkeep: Sequence[Upkeep] = (),
+        *,
+        channel_dim: int = -1,
     ):
         super().__init__()
         if codebook.num_codes < estimator.min_codes:
             requirement = f"have at least {estimator.min_codes} codes for {type(estimator).__name__}"
-            refuse(ValueError, "VectorQuantizer", "codebook", requirement, codebook.num_codes, "Pass more num_codes")
+            refuse(
+                ValueError,
+                "VectorQuantizer",
+                "codebook",
+                requirement,
+                codebook.num_codes,
+                "Pass more num_codes",
+            )
         self.codebook, self.estimator, self.upkeep = codebook, estimator, nn.ModuleList(upkeep)
         self.channel_dim = channel_dim
         for part in upkeep:
@@ -79,7 +91,7 @@ class VectorQuantizer(nn.Module):
     @property
     def initialized(self) -> bool:
         """False while a warm-up runs."""
-        return all(part.ready for part in self.upkeep)
+        return all(part.ready for part in self._parts())
 
     def forward(self, x: Tensor) -> Quantized:
         """Quantize x, of any shape with D features in `channel_dim`.
@@ -102,6 +114,10 @@ class VectorQuantizer(nn.Module):
             z, indices, loss = self._warm_up(rows)
         return Quantized(z.movedim(-1, self.channel_dim), indices, loss)
 
+    def _parts(self) -> Iterator[Upkeep]:
+        # typed: to a type checker, a ModuleList holds tensors as well
+        return (cast(Upkeep, part) for part in self.upkeep)
+
     def _train(self, x: Tensor) -> Quantized:
         self._begin()
         seed = draw_seed(x.device)
@@ -122,7 +138,14 @@ class VectorQuantizer(nn.Module):
     def _evaluate(self, x: Tensor) -> Quantized:
         if not self.initialized:
             fix = "Train through the warm-up first, or load a state_dict"
-            refuse(RuntimeError, "VectorQuantizer", "codebook", "be initialized to evaluate", "a warm-up under way", fix)
+            refuse(
+                RuntimeError,
+                "VectorQuantizer",
+                "codebook",
+                "be initialized to evaluate",
+                "a warm-up under way",
+                fix,
+            )
         z, indices = self.estimator.evaluate(x, self.codebook.codes())
         z = torch.where(x.isfinite().all(-1, keepdim=True), z, torch.nan).to(x.dtype)
         return Quantized(z, indices, x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)))
@@ -147,7 +170,7 @@ class VectorQuantizer(nn.Module):
         x = x.detach()
         if indices is not None:
             self.codebook.observe(x, indices)
-        for part in self.upkeep:
+        for part in self._parts():
             part.observe(x, indices)
 
     def commit(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -161,7 +184,7 @@ class VectorQuantizer(nn.Module):
         started = self.initialized
         if started:
             self.codebook.commit()
-        for part in self.upkeep:
+        for part in self._parts():
             # what keeps codes alive waits until they have started
             if started or not part.ready:
                 replaced = part.commit(self.codebook, self._step)

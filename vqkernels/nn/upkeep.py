@@ -184,7 +184,9 @@ class LatentMeans(Upkeep):
         k, d = codebook.weight.shape
         if len(latents) < k:
             fix = "Warm up for more steps or with larger batches"
-            refuse(RuntimeError, "LatentMeans", "warm-up", f"see at least {k} finite latents", len(latents), fix)
+            refuse(
+                RuntimeError, "LatentMeans", "warm-up", f"see at least {k} finite latents", len(latents), fix
+            )
         block = len(latents) // k
         codebook.assign(latents[: block * k].view(k, block, d).mean(1))
         self.ready = True

@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqkernels import kernels, native, philox
-from vqkernels.checks import check_choice, check_count, check_indices, check_noise_std, check_pair, check_position, check_seed
+from vqkernels.checks import (
+    check_choice,
+    check_count,
+    check_indices,
+    check_noise_std,
+    check_pair,
+    check_position,
+    check_seed,
+)
 from vqkernels.dispatch import Op
 from vqkernels.ops._layout import collapse
 
@@ -36,7 +44,14 @@ _ARGUMENTS = (
 
 
 def _points(
-    x: Tensor, codebook: Tensor, indices: Tensor, position: Tensor | None, seed: Tensor, direction: int, noise_std: float, row: Tensor
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    position: Tensor | None,
+    seed: Tensor,
+    direction: int,
+    noise_std: float,
+    row: Tensor,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For each selected point: its index (n,), weight (n, 1), difference e (n, D) and unit direction u (n, D)."""
     weights = [torch.ones_like(x[:, :1])] if position is None else [1 - position[:, None], position[:, None]]
@@ -52,7 +67,9 @@ def _points(
         yield indices + m, weight, e, torch.where(length > 0, u / length, 0)
 
 
-def _chunks(x: Tensor, codebook: Tensor, indices: Tensor, position: Tensor | None, row_offset: int) -> Iterator[tuple]:
+def _chunks(
+    x: Tensor, codebook: Tensor, indices: Tensor, position: Tensor | None, row_offset: int
+) -> Iterator[tuple]:
     """Rows at a time: slice, x in float64, safe indices, position, row numbers, and which rows are alive."""
     n, d = indices.numel(), x.shape[-1]
     flat, index = x.reshape(n, d), indices.flatten()
@@ -66,14 +83,23 @@ def _chunks(x: Tensor, codebook: Tensor, indices: Tensor, position: Tensor | Non
 
 
 def _reference(
-    x: Tensor, codebook: Tensor, indices: Tensor, position: Tensor | None, seed: Tensor, direction: int, noise_std: float, row_offset: int
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    position: Tensor | None,
+    seed: Tensor,
+    direction: int,
+    noise_std: float,
+    row_offset: int,
 ) -> Tensor:
     z = torch.empty_like(x)
     flat = x.new_empty(indices.numel(), x.shape[-1])
     for rows, xs, index, at, row, alive in _chunks(x, codebook, indices, position, row_offset):
         moved = torch.zeros_like(xs) if direction == _DETACH else xs
         for m, weight, e, u in _points(xs, codebook, index, at, seed, direction, noise_std, row):
-            moved = moved + weight * (codebook[m].double() if direction == _DETACH else e.norm(dim=1, keepdim=True) * u)
+            moved = moved + weight * (
+                codebook[m].double() if direction == _DETACH else e.norm(dim=1, keepdim=True) * u
+            )
         moved = torch.where(xs.isfinite().all(1, keepdim=True), moved, torch.nan)
         flat[rows] = torch.where(alive, moved, 0).to(x.dtype)
     return z.copy_(flat.view(x.shape))

@@ -93,7 +93,9 @@ nearest_code_op.add_native(native.MISSING, why_not=native.why_not)
 nearest_code_op.add("triton", kernels.lazy("nearest_code"), why_not=kernels.why_not)
 
 
-def nearest_code(x: Tensor, codebook: Tensor, *, exact: bool = True, backend: str | None = None) -> NearestCode:
+def nearest_code(
+    x: Tensor, codebook: Tensor, *, exact: bool = True, backend: str | None = None
+) -> NearestCode:
     """Find the nearest code of each row, without an N x K matrix.
 
         i(x) = argmin_j |x - c_j|^2        (DiVeQ eq. 1)

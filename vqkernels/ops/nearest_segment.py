@@ -38,14 +38,16 @@ def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             least, best = torch.where(d.isnan(), torch.inf, d).min(1)
             lowest = (d == least[:, None]).int().argmax(1)
             best = torch.where(least.isinf(), best, lowest)
-            better = (least < sq_dist[rows]) | (sq_dist[rows].isnan() & d.gather(1, best[:, None])[:, 0].isfinite())
+            better = (least < sq_dist[rows]) | (
+                sq_dist[rows].isnan() & d.gather(1, best[:, None])[:, 0].isfinite()
+            )
             here = rows[better]
             segments[here] = best[better] + start
             position[here] = t.gather(1, best[:, None])[:, 0][better]
             sq_dist[here] = least[better]
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    outputs = segments, position.to(dtype), sq_dist.to(dtype)
-    return tuple(out.view(x.shape[:-1]) for out in outputs)
+    leading = x.shape[:-1]
+    return segments.view(leading), position.to(dtype).view(leading), sq_dist.to(dtype).view(leading)
 
 
 def _project(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,11 @@ def _project(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 def _fake(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     shape = x.shape[:-1]
-    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+    return (
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(shape, dtype=dtype),
+    )
 
 
 nearest_segment_op = Op(

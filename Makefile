@@ -1,0 +1,71 @@
+# make demo    train two small VQ-VAEs on photographs, draw and tabulate what they learned
+# make test    all tests of a machine without a GPU
+# make check   format, lint, types, then the tests
+# make bench   time the ops beside their peers
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt vqkernels/__init__.py $(shell find csrc -type f)
+FORMATTED := vqkernels python_tests bench setup.py
+
+# the interpreter of triton needs a process of its own
+INTERPRETED := $(addprefix python_tests/test_,nearest_code.py philox.py directional.py code_sums.py compile.py)
+
+.PHONY: demo test check check-all bench lint format native clean
+
+demo: $(VENV)/demo
+	$(PY) -m vqkernels demo
+
+test: $(VENV)/test
+	$(PY) -m pytest python_tests -m "not slow"
+	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not slow"
+
+check: lint test
+
+check-all: lint
+	$(PY) -m pytest python_tests
+	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
+
+bench: $(VENV)/bench
+	$(PY) bench/run.py
+
+lint: $(VENV)/test
+	$(PY) -m ruff check $(FORMATTED)
+	$(PY) -m ruff format --check $(FORMATTED)
+	$(PY) -m pyright
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -type f -not -name '*.txt')
+
+format: $(VENV)/test
+	$(PY) -m ruff check --fix $(FORMATTED)
+	$(PY) -m ruff format $(FORMATTED)
+	$(VENV)/bin/clang-format -i $(shell find csrc -type f -not -name '*.txt')
+
+native: $(VENV)/native
+
+clean:
+	rm -rf build dist *.egg-info vqkernels/*.so
+
+# torch first: a package that pulls it in would choose another build of it
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) setuptools wheel cmake ninja pybind11 numpy
+	touch $@
+
+$(VENV)/native: $(VENV)/torch $(SOURCES)
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/demo: $(VENV)/native
+	$(PIP) --no-build-isolation --editable ".[train]"
+	touch $@
+
+$(VENV)/test: $(VENV)/native
+	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	touch $@
+
+$(VENV)/bench: $(VENV)/native
+	$(PIP) --no-build-isolation --editable ".[bench]"
+	touch $@

@@ -1,0 +1,45 @@
+"""Nothing of size N x K, and nothing of size N x D besides inputs and outputs."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import INTERPRETED
+
+MEASURE = """
+import sys, torch, vqkernels as vq
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3
+
+torch.manual_seed(0)
+run = getattr(vq, sys.argv[1])
+# what the first call loads and the allocator keeps is not the op's
+warm = run(torch.randn(64, 256, requires_grad=True), torch.randn(64, 256, requires_grad=True), backend=sys.argv[2])
+warm.z.sum().backward()
+x = torch.randn(32768, 256, requires_grad=True)
+codes = torch.randn(16384, 256, requires_grad=True)
+grad = torch.randn(32768, 256)
+outputs = 4 * (2 * x.numel() + codes.numel()) / 1e6
+before = peak()
+z = run(x, codes, backend=sys.argv[2]).z
+z.backward(grad)
+print(peak() - before - outputs)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's memory says nothing about a gpu's")
+@pytest.mark.parametrize("function", ["diveq", "sf_diveq"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("reference", marks=pytest.mark.slow)])
+def test_peak_of_a_step(function, backend):
+    """Forward and backward at (32768, 16384, 256) float32 within 400 MB above inputs and outputs."""
+    from vqkernels import native
+
+    if backend == "native" and native.MISSING:
+        pytest.skip(native.MISSING)
+    command = [sys.executable, "-c", MEASURE, function, backend]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 400, f"{ran.stdout} MB"
