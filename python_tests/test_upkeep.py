@@ -151,6 +151,18 @@ def test_importance_replacement():
     assert len(new.unique(dim=0)) == 64 and not quantizer.upkeep[0].counts.any()
 
 
+def test_replacement_copies_used_codes_only():
+    """The first code may be a dead one: no draw, not even 0, falls into its empty share."""
+    quantizer = build("ste", dim=2, num_codes=64, upkeep=[replacing()]).to(DEVICE)
+    codes = torch.full((64, 2), 1e3, device=DEVICE)
+    codes[40] = 1
+    quantizer.codebook.assign(codes)
+    for _ in range(2):
+        quantizer(codes[40:41])
+        quantizer.commit()
+    assert (quantizer.export() - 1).abs().max() < 0.1
+
+
 def test_replacement_resets_moments():
     quantizer = build("ste", dim=2, num_codes=4, upkeep=[replacing()]).to(DEVICE)
     quantizer.codebook.assign(torch.tensor([[1.0, 0], [0, 1], [50, 50], [-50, 50]], device=DEVICE))

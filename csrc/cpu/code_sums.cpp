@@ -1,0 +1,39 @@
+#include "by_code.h"
+#include "isa.h"
+#include "ops.h"
+
+namespace vqk::cpu {
+
+std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes) {
+  const CodeSumsKernels& body = *kernels().code_sums;
+  const Rows rows = rows_of(x), index = rows_of(indices, false);
+  check_same_rows(rows, index, "indices");
+  const int64_t d = rows.features, count = rows.count();
+  Tensor counts = torch::stable::new_empty(x, {num_codes}, ScalarType::Long);
+  Tensor sums = torch::stable::new_empty(
+      x, {num_codes, d}, rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float);
+
+  const auto codes = memory<int64_t>(count);
+  constexpr int64_t kRows = 1024;
+  each_task((count + kRows - 1) / kRows, body.scratch(d), [&](int64_t task, void* scratch) {
+    const int64_t begin = task * kRows, end = std::min(count, begin + kRows);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t code = reinterpret_cast<const int64_t*>(
+          index.data)[n / index.inner * index.stride_batch + n % index.inner * index.stride_inner];
+      codes[n] = code < num_codes ? std::max<int64_t>(code, -1) : -1;
+    }
+    body.drop_non_finite(rows, begin, end, scratch, codes.get());
+  });
+  const ByCode sorted(codes.get(), count, num_codes);
+  int64_t* const out = counts.mutable_data_ptr<int64_t>();
+  for (int64_t j = 0; j < num_codes; ++j) out[j] = sorted.starts[j + 1] - sorted.starts[j];
+  Sums args{};
+  args.x = rows;
+  args.codebook = no_rows();
+  args.codes = num_codes;
+  args.out = rows_of(sums);
+  sum_by_code(body, args, sorted);
+  return {counts, sums};
+}
+
+}  // namespace vqk::cpu

@@ -1,0 +1,76 @@
+#include "by_code.h"
+#include "isa.h"
+#include "ops.h"
+
+namespace vqk::cpu {
+namespace {
+
+// rows at a time; a thread takes one such range after the other
+constexpr int64_t kRows = 64;
+
+Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices, const MaybeTensor& position,
+                      const Tensor& seed, int64_t direction, double noise_std, int64_t row_offset) {
+  Directional args{};
+  args.x = rows_of(x);
+  args.codebook = rows_of(codebook);
+  args.indices = rows_of(indices, false);
+  args.position = position ? rows_of(*position, false) : no_rows();
+  check_pair(args.x, args.codebook, 1);
+  check_same_rows(args.x, args.indices, "indices");
+  if (position) check_same_rows(args.x, args.position, "position");
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "native: seed must be a 0-d int64 tensor; got another. Pass torch.tensor(seed).");
+  args.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  args.direction = static_cast<int>(direction);
+  args.noise_std = noise_std;
+  args.row_offset = row_offset;
+  args.wide = distance_type(args.x, args.codebook) == ScalarType::Double;
+  return args;
+}
+
+}  // namespace
+
+Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed, int64_t direction,
+                   double noise_std, int64_t row_offset) {
+  Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
+  Tensor z = torch::stable::empty_like(x);
+  if (x.numel() == 0) return z;
+  args.z = rows_of(z);
+  const DirectionalKernels& body = *kernels().directional;
+  const int64_t count = args.x.count();
+  each_task((count + kRows - 1) / kRows, body.scratch(args.x.features), [&](int64_t task, void* scratch) {
+    body.forward(args, task * kRows, std::min(count, (task + 1) * kRows), scratch);
+  });
+  return z;
+}
+
+std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor codebook, Tensor indices,
+                                                MaybeTensor position, Tensor seed, int64_t direction, double noise_std,
+                                                int64_t row_offset) {
+  Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
+  args.grad = rows_of(grad);
+  check_same_rows(args.x, args.grad, "grad");
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_codebook = torch::stable::new_empty(codebook, codebook.sizes());
+  args.z = rows_of(grad_x);
+  const Kernels& bodies = kernels();
+  const int64_t count = args.x.count(), entries = count * (position ? 2 : 1);
+  const auto codes = memory<int64_t>(entries);
+  const auto pull = memory<double>(entries);
+  args.codes = codes.get();
+  args.pull = pull.get();
+  each_task((count + kRows - 1) / kRows, bodies.directional->scratch(args.x.features), [&](int64_t task, void* scratch) {
+    bodies.directional->backward(args, task * kRows, std::min(count, (task + 1) * kRows), scratch);
+  });
+  Sums sums{};
+  sums.x = args.x;
+  sums.codebook = args.codebook;
+  sums.pull = pull.get();
+  sums.codes = args.codebook.inner;
+  sums.out = rows_of(grad_codebook);
+  sums.wide = args.wide;
+  sum_by_code(*bodies.code_sums, sums, ByCode(codes.get(), entries, sums.codes));
+  return {grad_x, grad_codebook};
+}
+
+}  // namespace vqk::cpu

@@ -1,0 +1,17 @@
+// The table of one instruction set.
+#include "../kernels.h"
+
+namespace vqk {
+namespace VQK_ISA {
+
+extern const NearestCodeKernels nearest_code;
+extern const DirectionalKernels directional;
+extern const CodeSumsKernels code_sums;
+extern const PhiloxKernels philox;
+
+#define VQK_NAME_OF(isa) #isa
+#define VQK_NAME(isa) VQK_NAME_OF(isa)
+const Kernels kernels = {VQK_NAME(VQK_ISA), &nearest_code, &directional, &code_sums, &philox};
+
+}  // namespace VQK_ISA
+}  // namespace vqk

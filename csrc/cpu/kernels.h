@@ -1,0 +1,118 @@
+// The bodies that are compiled once per instruction set, behind one table of functions.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "rows.h"
+
+namespace vqk {
+
+// codes as the search wants them; every array is owned by the caller
+struct Codes {
+  int64_t count, features;  // K and D
+  const void* rows;         // (K, D) contiguous, the codes themselves
+  bool wide;                // rows are float64, else float32
+  const double* centre;     // (D padded to 8), taken from codes and rows alike
+  double scale;             // power of two, brings centred codes near 1
+  int exponent;             // log2 of scale
+  uint8_t* finite;          // (K)
+  int64_t first_finite;     // -1: no code is finite
+  float* packed;            // (panels, D, panel)
+  float* bias;              // (panels, panel), -|c|^2 / 2, -inf where no code can win
+};
+
+// maxima over codes that bound the error of a score, in scaled units; a chunk of codes fills one
+struct Spread {
+  double largest;   // of |c_d - centre_d|, unscaled
+  double norm;      // of |c|
+  double residual;  // of |c - float32(c)|
+};
+
+struct Search {
+  Rows x;
+  Codes codes;
+  Spread spread;
+  bool exact;
+  int64_t* indices;  // (N); -1 marks a row that the search leaves open
+  void* sq_dist;     // (N)
+  bool wide;         // sq_dist is float64, else float32
+};
+
+struct Directional {
+  Rows x, z, grad;     // z is grad_x in the backward pass
+  Rows codebook;       // batch 1
+  Rows indices;        // int64, features 1; type is not used
+  Rows position;       // features 1; data null: one point per row
+  uint64_t seed;
+  int direction;       // 0 noisy, 1 detach, 2 random
+  double noise_std;
+  int64_t row_offset;
+  bool wide;           // arithmetic in float64, else float32
+  int64_t* codes;      // backward: (points, N) code of each point, -1 where it has no gradient
+  double* pull;        // backward: (points, N) w (g . u) / r
+};
+
+// sums of rows per code, over entries sorted by code
+struct Sums {
+  Rows x;
+  Rows codebook;            // data null: add x itself, else pull * (c - x)
+  const double* pull;       // by entry
+  const int64_t* entries;   // sorted; row = entry % N
+  const int64_t* starts;    // (K + 1)
+  int64_t codes, chunk;     // chunk: entries at a time
+  Rows out;                 // (1, K, D)
+  double* edges;            // (chunks, 2, D): first and last code of each chunk, when they cross its borders
+  bool wide;
+};
+
+struct NearestCodeKernels {
+  int panel;  // codes side by side
+  int tile;   // rows side by side
+  // exact codes begin..end of `codebook`, or points of the dithered curve, to `out` (float32, or float64 if wide)
+  void (*points)(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end, bool wide, void* out);
+  void (*survey)(const Codes& codes, int64_t begin, int64_t end, Spread* spread);
+  void (*pack)(const Codes& codes, int64_t panel_begin, int64_t panel_end, Spread* spread);
+  size_t (*search_scratch)(int64_t features, int64_t rows);
+  void (*search)(const Search& search, int64_t begin, int64_t end, void* scratch);
+  size_t (*rescore_scratch)(int64_t features, int64_t rows);
+  void (*rescore)(const Search& search, const int64_t* rows, int64_t count, void* scratch);
+};
+
+struct DirectionalKernels {
+  size_t (*scratch)(int64_t features);
+  void (*forward)(const Directional& args, int64_t begin, int64_t end, void* scratch);
+  void (*backward)(const Directional& args, int64_t begin, int64_t end, void* scratch);
+};
+
+struct CodeSumsKernels {
+  size_t (*scratch)(int64_t features);
+  // codes[n] = -1 where row n has a feature that is not finite
+  void (*drop_non_finite)(const Rows& x, int64_t begin, int64_t end, void* scratch, int64_t* codes);
+  void (*sums)(const Sums& args, int64_t chunk, void* scratch);
+};
+
+struct PhiloxKernels {
+  // words and normals of one row, (blocks, 4) each
+  void (*row)(uint64_t seed, uint64_t row, uint32_t stream, int64_t blocks, int64_t* words, float* normals);
+};
+
+struct Kernels {
+  const char* name;
+  const NearestCodeKernels* nearest_code;
+  const DirectionalKernels* directional;
+  const CodeSumsKernels* code_sums;
+  const PhiloxKernels* philox;
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace vqk

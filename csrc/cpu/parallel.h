@@ -1,0 +1,43 @@
+// Threads of torch's pool and their memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace vqk {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// aligned for the widest vectors
+template <class T>
+using Memory = std::unique_ptr<T[], Free>;
+
+template <class T>
+Memory<T> memory(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
+  void* const p = std::aligned_alloc(64, bytes);
+  if (!p) throw std::bad_alloc();
+  return Memory<T>(static_cast<T*>(p));
+}
+
+// visit(task, scratch) for every task; a thread that is done takes the next. What a task computes must not depend
+// on the thread, nor on the order.
+template <class Visit>
+void each_task(int64_t tasks, size_t scratch_bytes, const Visit& visit) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
+    const auto scratch = memory<char>(static_cast<int64_t>(scratch_bytes));
+    for (int64_t task = next++; task < tasks; task = next++) visit(task, scratch.get());
+  });
+}
+
+}  // namespace vqk

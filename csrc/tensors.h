@@ -1,0 +1,66 @@
+// Torch tensors on the stable ABI as the bodies see them, and what every op needs around its body.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "cpu/rows.h"
+
+namespace vqk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Double: return Type::f64;
+    default: STD_TORCH_CHECK(false, "native: tensors must be floating point; got another dtype. Call .float().");
+  }
+  return Type::f32;
+}
+
+// (B, M, D), (K, D) with batch 1, or (B, M) with one feature
+inline Rows rows_of(const Tensor& t, bool features = true) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dims = t.dim(), last = features ? dims - 1 : dims;
+  STD_TORCH_CHECK(last == 1 || last == 2, "native: tensors must have 1 or 2 leading dims; got another rank. Reshape them.");
+  Rows rows;
+  // the outputs come through here as well
+  rows.data = (char*)t.data_ptr();
+  rows.type = t.scalar_type() == ScalarType::Long ? Type::f64 : type_of(t);
+  rows.batch = last == 2 ? sizes[0] : 1;
+  rows.stride_batch = last == 2 ? strides[0] : 0;
+  rows.inner = sizes[last - 1];
+  rows.stride_inner = strides[last - 1];
+  rows.features = features ? sizes[dims - 1] : 1;
+  rows.stride_feature = features ? strides[dims - 1] : 1;
+  return rows;
+}
+
+inline Rows no_rows() { return Rows{nullptr, Type::f32, 1, 0, 1, 0, 0, 1}; }
+
+inline void check_same_rows(const Rows& x, const Rows& other, const char* name) {
+  STD_TORCH_CHECK(
+      x.batch == other.batch && x.inner == other.inner, "native: ", name,
+      " must have one entry per row of x; got another shape. Reshape it.");
+}
+
+inline void check_pair(const Rows& x, const Rows& codebook, int64_t min_codes) {
+  STD_TORCH_CHECK(
+      x.features == codebook.features && codebook.batch == 1 && codebook.inner >= min_codes && x.features > 0,
+      "native: codebook must be (K, D) to match x; got another shape. Reshape it.");
+}
+
+inline ScalarType distance_type(const Rows& x, const Rows& codebook) {
+  return x.type == Type::f64 || codebook.type == Type::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace vqk
