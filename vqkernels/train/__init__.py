@@ -1,0 +1,1 @@
+"""Training: data, the loop, checkpoints, measurements and pictures. Needs the extra [train]."""

@@ -1,0 +1,140 @@
+"""The log of a run: sums over a window of steps, and one JSON object per line on the disk."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from vqkernels.nn.metrics import code_counts, perplexity, usage
+from vqkernels.train.checkpoint import replace_file
+
+# keeps the PSNR of a perfect reconstruction a number that JSON has
+TINY = 1e-30
+
+Line = dict[str, float | int | str | None]
+
+
+class Window:
+    """Sums since the last line of the log, kept on the device so that a step waits for nothing."""
+
+    def __init__(self, num_indices: int, device: torch.device) -> None:
+        """Start empty.
+
+        Args:
+            num_indices: values a training index can take.
+            device: of the sums.
+        """
+        self._num_indices = num_indices
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        self._counts = torch.zeros(self._num_indices, dtype=torch.int64, device=self._device)
+
+    def add(self, loss: Tensor, mse: Tensor, indices: Tensor) -> None:
+        """Count one step.
+
+        Args:
+            loss: 0-d, what was minimised.
+            mse: 0-d mean squared error of images in [-1, 1].
+            indices: (..., Q) int64, negative where nothing was quantized; Q = 1 in training.
+        """
+        self._sums += torch.stack((loss.detach(), mse.detach(), torch.ones_like(mse))).double()
+        self._counts += code_counts(indices, self._num_indices)
+
+    def line(self, reduce: Callable[[Tensor], Tensor]) -> Line:
+        """Return the means of the window over all processes; waits for the device.
+
+        Args:
+            reduce: returns the sum of a tensor over processes, as a copy.
+        """
+        loss, mse, steps = reduce(self._sums).tolist()
+        counts = reduce(self._counts)
+        quantized = bool(counts.sum() > 0)
+        return {
+            "loss": loss / steps,
+            "psnr": 10 * math.log10(4 * steps / max(mse, TINY)),
+            "perplexity": float(perplexity(counts)) if quantized else None,
+            "usage": float(usage(counts)) if quantized else None,
+        }
+
+    def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return the sums over all processes, for a checkpoint; waits for the device.
+
+        Args:
+            reduce: returns the sum of a tensor over processes, as a copy.
+        """
+        return {"sums": reduce(self._sums).cpu(), "counts": reduce(self._counts).cpu()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned; in one process only, because the sums are of all.
+
+        Args:
+            state: of a window of the same run.
+        """
+        self._sums.copy_(state["sums"])
+        self._counts.copy_(state["counts"])
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl; opened at a step, it first drops what a killed run wrote beyond it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open the log to go on from a step.
+
+        Args:
+            path: of the file.
+            step: of the checkpoint the run starts from; 0 drops every line.
+        """
+        kept = [line for line in read_lines(path) if int(line["step"] or 0) <= step] if path.exists() else []
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, line: Line) -> None:
+        """Append one line.
+
+        Args:
+            line: a flat JSON object with a "step".
+        """
+        self._stream.write(json.dumps(line, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Put every line on the disk, before a checkpoint that relies on them."""
+        os.fsync(self._stream.fileno())
+
+    def __enter__(self) -> Self:
+        """Return the log."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Read a log, up to a line that a killed run left unfinished.
+
+    Args:
+        path: of metrics.jsonl.
+
+    Returns:
+        One dict per line.
+    """
+    lines: list[Line] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,275 @@
+"""The training loop: thin, restartable, on Accelerate."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from vqkernels.checks import refuse
+from vqkernels.models import VQVAE
+from vqkernels.train.checkpoint import Checkpoint, load_checkpoint, open_folder
+from vqkernels.train.config import RunError, TrainConfig
+from vqkernels.train.data import ImageSet, load_images
+from vqkernels.train.evaluate import evaluate
+from vqkernels.train.log import Line, MetricsLog, Window
+from vqkernels.train.model import build_model
+from vqkernels.train.timing import QuantizerShare
+
+# a measurement during training stops at this many held-out images; the final one takes them all
+HELD_OUT_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a call of `train` ended.
+
+    Attributes:
+        step: optimizer steps done, all calls together.
+        started_at: step this call began with, 0 for a fresh run.
+        signal: name of the signal that stopped the run, None for a finished run.
+        model: the trained model.
+        images: what it was trained and measured on.
+    """
+
+    step: int
+    started_at: int
+    signal: str | None
+    model: VQVAE
+    images: ImageSet
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    on_line: Callable[[Line], None] | None = None,
+) -> RunResult:
+    """Train a VQ-VAE and leave checkpoint.pt and metrics.jsonl in `config.out`.
+
+    The loss is the mean squared error of images in [-1, 1] plus the loss of the quantizer. A run that was
+    interrupted or killed and is resumed ends with the weights of an uninterrupted one, bit for bit on a CPU
+    with the same number of threads. SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+
+    Args:
+        config: of the run.
+        resume: go on from the checkpoint in `config.out`, or start where there is none.
+        progress: show a progress bar on standard error.
+        on_line: called with every line of the log.
+
+    Returns:
+        Where it ended.
+
+    Raises:
+        RunError: if the data, the folder or the checkpoint cannot be used, or the loss is not finite.
+    """
+    path = config.checkpoint_path()
+    open_folder(path.parent)
+    checkpoint = load_checkpoint(path) if path.exists() else None
+    if checkpoint is not None and not resume:
+        fix = "Pass --resume, or another --out"
+        got = f"{path.parent} with a checkpoint at step {checkpoint.step}"
+        refuse(RunError, "train", "out", "hold no earlier run", got, fix)
+    if checkpoint is not None:
+        checkpoint.require(config, path)
+    images = load_images(config)
+    run = _Run(config, images)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    started_at = run.step
+    with MetricsLog(config.metrics_path(), run.step) as log, _StopSignals() as stop:
+        run.go(log, stop, progress, on_line)
+    return RunResult(run.step, started_at, stop.name if run.step < config.steps else None, run.model, images)
+
+
+class _Run:
+    """The state of a run: everything a checkpoint holds, and the means to go on."""
+
+    def __init__(self, config: TrainConfig, images: ImageSet) -> None:
+        self.config, self.images, self.step = config, images, 0
+        try:
+            self.accelerator = Accelerator(mixed_precision=config.precision)
+        except ValueError as error:
+            got = f"{config.precision!r} ({str(error).rstrip('.')})"
+            refuse(RunError, "train", "precision", "be one that this device has", got, "Pass --precision no")
+        if config.batch_size % self.accelerator.num_processes:
+            requirement = f"be a multiple of the {self.accelerator.num_processes} processes"
+            refuse(
+                RunError, "train", "batch_size", requirement, config.batch_size, "Pass such a --batch-size"
+            )
+        self.device = self.accelerator.device
+        torch.manual_seed(config.seed)
+        self.model = build_model(config)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        self.model.quantizer.follow(optimizer)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.window = Window(self.model.quantizer.num_indices, self.device)
+        self.timer = QuantizerShare(self.model.quantizer, self.device)
+
+    def go(
+        self, log: MetricsLog, stop: "_StopSignals", progress: bool, on_line: Callable[[Line], None] | None
+    ) -> None:
+        config, main = self.config, self.accelerator.is_main_process
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=config.quantizer,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (progress and main),
+        )
+
+        def tell(line: Line) -> None:
+            if main:
+                log.write(line)
+                bar.set_postfix_str(_postfix(line), refresh=False)
+                if on_line is not None:
+                    on_line(line)
+
+        with bar, self.timer:
+            began, since = time.perf_counter(), self.step
+            while self.step < config.steps:
+                self.train_step()
+                bar.update()
+                last = self.step == config.steps
+                if last or self.step % config.log_every == 0:
+                    seconds = time.perf_counter() - began
+                    tell(self.line() | {"seconds_per_step": seconds / (self.step - since)})
+                    began, since = time.perf_counter(), self.step
+                if (last or self.step % config.evaluate_every == 0) and self.model.quantizer.initialized:
+                    tell(self.held_out_line())
+                stopping = self.agreed(stop)
+                if last or stopping or self.step % config.checkpoint_every == 0:
+                    self.save(log)
+                if stopping:
+                    break
+
+    def train_step(self) -> None:
+        """One optimizer step; nothing here waits for the device, save on the steps the timer samples."""
+        step = self.step
+        self.timer.begin(step, active=self.model.quantizer.initialized)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(step)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batch = self.images.batch(step, rank=rank, world=world).to(self.device, non_blocking=True)
+        reconstruction, indices, quantizer_loss = self.prepared(batch)
+        mse = F.mse_loss(reconstruction, batch)
+        loss = mse + quantizer_loss
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.window.add(loss, mse, indices)
+        self.timer.end()
+        self.step += 1
+
+    def line(self) -> Line:
+        """The line of the window that ends here; ends the run where the loss is not finite."""
+        means = self.window.line(self.sum)
+        self.require_finite(means["loss"])
+        line: Line = {"step": self.step, "split": "train", **means}
+        line |= {"lr": self.config.lr_at(self.step - 1), "quantizer_share": self.timer.share()}
+        self.window.clear()
+        self.timer.clear()
+        return line
+
+    def held_out_line(self) -> Line:
+        found = evaluate(self.model, self.images, ssim=False, limit=HELD_OUT_IMAGES)
+        return {
+            "step": self.step,
+            "split": "held_out",
+            "psnr": found.psnr,
+            "perplexity": found.perplexity,
+            "usage": found.usage,
+        }
+
+    def require_finite(self, loss: object) -> None:
+        if not isinstance(loss, float) or loss - loss != 0:
+            fix = "Start again with a lower --lr or --precision no"
+            refuse(RunError, "train", "loss", "stay finite", f"{loss} at step {self.step}", fix)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        # a tensor comes back as a tensor, a dict as a dict
+        return cast(Tensor, total)
+
+    def agreed(self, stop: "_StopSignals") -> bool:
+        """Whether to stop; several processes agree on it where they wait for each other anyway."""
+        if self.accelerator.num_processes == 1:
+            return stop.name is not None
+        if self.step % self.config.log_every:
+            return False
+        return bool(self.sum(torch.tensor(float(stop.name is not None), device=self.device)) > 0)
+
+    def save(self, log: MetricsLog) -> None:
+        window = self.window.state(self.sum)
+        # weights that a bad step has spoilt must not replace good ones
+        self.require_finite(float(window["sums"].sum()))
+        if not self.accelerator.is_main_process:
+            return
+        log.sync()
+        scaler = self.accelerator.scaler
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+        Checkpoint(
+            config=self.config,
+            step=self.step,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else {},
+            window=window,
+            rng=rng,
+        ).save(self.config.checkpoint_path())
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.restore_model(self.model, self.config.checkpoint_path())
+        self.optimizer.load_state_dict(dict(checkpoint.optimizer))
+        if self.accelerator.scaler is not None and checkpoint.scaler:
+            self.accelerator.scaler.load_state_dict(dict(checkpoint.scaler))
+        if self.accelerator.is_main_process:
+            self.window.restore(checkpoint.window)
+        torch.set_rng_state(checkpoint.rng["cpu"])
+        if self.device.type == "cuda":
+            for number in range(torch.cuda.device_count()):
+                if f"cuda{number}" in checkpoint.rng:
+                    torch.cuda.set_rng_state(checkpoint.rng[f"cuda{number}"], number)
+        self.step = checkpoint.step
+
+
+class _StopSignals:
+    """Turns the first SIGINT or SIGTERM into a name to look at; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # python lets only the main thread set handlers
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+def _postfix(line: Line) -> str:
+    usage = line.get("usage")
+    return f"{line['split']} PSNR {line['psnr']:.2f} dB" + ("" if usage is None else f", usage {usage:.0%}")

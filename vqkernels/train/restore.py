@@ -1,0 +1,38 @@
+"""From a checkpoint back to its model and images."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from vqkernels.checks import refuse
+from vqkernels.models import VQVAE
+from vqkernels.train.checkpoint import load_checkpoint
+from vqkernels.train.config import RunError, TrainConfig
+from vqkernels.train.data import ImageSet, load_images
+from vqkernels.train.model import build_model
+
+
+def load_run(path: Path, data: str | None = None) -> tuple[VQVAE, ImageSet, TrainConfig]:
+    """Load a trained model and the images to measure it on.
+
+    Args:
+        path: of the checkpoint.
+        data: `photos` or a folder; None for the data of the run.
+
+    Returns:
+        The model, on a CUDA device where there is one, its images, and the configuration of the run.
+
+    Raises:
+        RunError: if the checkpoint or the images cannot be used, or the run still warmed up.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.config
+    images = load_images(config if data is None else dataclasses.replace(config, data=data))
+    model = build_model(config)
+    checkpoint.restore_model(model, path)
+    if not model.quantizer.initialized:
+        got = f"step {checkpoint.step} of a warm-up of {config.warmup_steps} in {path}"
+        refuse(RunError, "evaluate", "checkpoint", "be past its warm-up", got, "Resume the training")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), images, config
