@@ -116,6 +116,29 @@ def test_inductor():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="sizes are tested beside the compiled backends")
+def test_dynamic_sizes():
+    """One graph serves every batch size and layout of one rank."""
+    torch._dynamo.reset()
+
+    def run(x, codes):
+        return vq.sf_diveq(x, codes, seed=3).z
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, m in ((4, 5), (7, 9), (12, 3)):
+        x = torch.randn(n, 8, m, device=DEVICE, requires_grad=True).movedim(1, -1)
+        codes = torch.randn(50, 8, device=DEVICE, requires_grad=True)
+        assert torch.equal(compiled(x, codes), run(x, codes))
+
+
+def test_functional_transforms():
+    """torch.func.grad differentiates through an op like backward does."""
+    x, codes = torch.randn(20, 8, device=DEVICE), torch.randn(50, 8, device=DEVICE)
+    leaf = x.clone().requires_grad_()
+    vq.diveq(leaf, codes, seed=1).z.square().sum().backward()
+    assert torch.equal(torch.func.grad(lambda v: vq.diveq(v, codes, seed=1).z.square().sum())(x), leaf.grad)
+
+
 def test_compiling_without_an_optimizer_is_refused():
     quantizer = build("ema", dim=4, num_codes=4)
     with pytest.raises(Exception, match=r"Call quantizer\.follow"):

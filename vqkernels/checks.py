@@ -112,7 +112,8 @@ def check_noise_std(op: str, noise_std: object) -> float:
     if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
         fix = "Pass a Python float"
         refuse(TypeError, op, "noise_std", "be a number", type(noise_std).__name__, fix)
-    if not math.isfinite(noise_std) or noise_std < 0:
+    # a comparison traces where math.isfinite does not; nan fails it too
+    if not 0 <= noise_std < math.inf:
         fix = "Pass a standard deviation in units of x, or 0 for none"
         refuse(ValueError, op, "noise_std", "be finite and not negative", noise_std, fix)
     return float(noise_std)

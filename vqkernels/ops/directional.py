@@ -157,13 +157,16 @@ directional_backward_op.add("triton", kernels.lazy("directional_backward"), why_
 
 class _Directional(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, codebook, indices, position, seed, direction, noise_std, row_offset, backend):
-        ctx.save_for_backward(x, codebook, indices, position, seed)
-        ctx.options = direction, noise_std, row_offset
-        ctx.backend = backend
+    def forward(x, codebook, indices, position, seed, direction, noise_std, row_offset, backend):
         return directional_op(
             x, codebook, indices, position, seed, direction, noise_std, row_offset, backend=backend
         )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, direction, noise_std, row_offset, backend = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.options, ctx.backend = (direction, noise_std, row_offset), backend
 
     @staticmethod
     @once_differentiable
