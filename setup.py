@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,46 +20,83 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vqkernels/__init__.py").re
 MODE = os.environ.get("VQKERNELS_BUILD", "auto")
 
 
+def tool(name: str) -> str | None:
+    """Where a program is: beside this Python, even when its environment is not activated, or on PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def why_not() -> str | None:
+    """What the compiled extension needs and does not find here."""
+    for module in ("torch", "pybind11"):
+        if find_spec(module) is None:
+            return f"{module} is not installed here (install it, then pip install --no-build-isolation .)"
+    for name in ("cmake", "ninja"):
+        if tool(name) is None:
+            return f"{name} is not installed (pip install {name})"
+    compilers = [shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        return f"no C++ compiler was found (tried {', '.join(compilers)})"
+    if MODE == "cuda" and not has_cuda():
+        return "VQKERNELS_BUILD=cuda needs nvcc on PATH and a torch built with CUDA"
+    return None
+
+
+def has_cuda() -> bool:
+    """Whether torch has CUDA and nvcc is there; a GPU need not be."""
+    import torch
+
+    return torch.version.cuda is not None and tool("nvcc") is not None
+
+
 def cmake_arguments() -> list[str]:
-    """What CMake needs to know about this Python; raises ImportError where the build tools are missing."""
+    """What CMake must be told about this Python."""
     import pybind11
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    cuda = MODE != "cpu" and torch.version.cuda is not None and shutil.which("nvcc") is not None
-    if MODE == "cuda" and not cuda:
-        raise RuntimeError("VQKERNELS_BUILD=cuda needs nvcc on PATH and a torch built with CUDA")
     return [
         f"-DVQKERNELS_VERSION={VERSION}",
-        f"-DVQKERNELS_CUDA={'ON' if cuda else 'OFF'}",
+        f"-DVQKERNELS_CUDA={'ON' if MODE != 'cpu' and has_cuda() else 'OFF'}",
         f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
         f"-DTORCH_LIBRARY_DIR={Path(torch.__file__).parent / 'lib'}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
     ]
 
 
+def skip(reason: object) -> None:
+    """Say why the package stays pure, or stop where the extension was asked for."""
+    if MODE != "auto":
+        sys.exit(f"vqkernels: the compiled extension cannot be built: {reason}.")
+    print(f"vqkernels: the compiled extension is skipped: {reason}.", file=sys.stderr)
+
+
 class CMakeBuild(build_ext):
-    """Builds vqkernels._C; with VQKERNELS_BUILD=auto a failure leaves the pure package and its reason."""
+    """Builds vqkernels._C into the wheel, or beside the sources for an editable install."""
 
     def build_extension(self, ext: Extension) -> None:
-        try:
-            self._cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            if MODE != "auto":
-                raise
-            print(f"vqkernels: the compiled extension is skipped: {error}", file=sys.stderr)
-
-    def _cmake(self, target: Path) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *cmake_arguments()], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        # an older library must not pass for this build's
+        target.unlink(missing_ok=True)
+        try:
+            cmake = tool("cmake")
+            subprocess.run(
+                [cmake, "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build, *cmake_arguments()], check=True
+            )
+            subprocess.run([cmake, "--build", build], check=True)
+        except subprocess.CalledProcessError as error:
+            return skip(f"{' '.join(map(str, error.cmd[:2]))} failed, see above")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
 
 
 if MODE not in ("auto", "off", "cpu", "cuda"):
     sys.exit(f"VQKERNELS_BUILD must be auto, off, cpu or cuda; got {MODE!r}. Unset it for auto.")
-native = [] if MODE == "off" else [Extension("vqkernels._C", sources=[], optional=MODE == "auto")]
+reason = "VQKERNELS_BUILD=off" if MODE == "off" else why_not()
+if reason and MODE != "off":
+    skip(reason)
+native = [] if reason else [Extension("vqkernels._C", sources=[], optional=MODE == "auto")]
 setup(version=VERSION, ext_modules=native, cmdclass={"build_ext": CMakeBuild})

@@ -2,13 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
-#define VQK_DIRECTIONAL_ARGUMENTS                                                     \
-  "Tensor x, Tensor codebook, Tensor indices, Tensor? position, Tensor seed, "        \
+#define VQK_DIRECTIONAL_ARGUMENTS                                              \
+  "Tensor x, Tensor codebook, Tensor indices, Tensor? position, Tensor seed, " \
   "int direction, float noise_std, SymInt row_offset"
 
 STABLE_TORCH_LIBRARY(vqkernels, m) {
@@ -29,13 +27,6 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
 
 namespace {
 
-pybind11::list cuda_archs() {
-  pybind11::list archs;
-  for (const char* arch : {VQK_CUDA_ARCHS ""})
-    if (*arch) archs.append(arch);
-  return archs;
-}
-
 pybind11::dict facts() {
   pybind11::dict facts;
   facts["version"] = VQK_VERSION;
@@ -43,7 +34,7 @@ pybind11::dict facts() {
   facts["isas_built"] = vqk::isas_built();
   facts["isas_supported"] = vqk::isas_supported();
   facts["isa"] = vqk::kernels().name;
-  facts["cuda_archs"] = cuda_archs();
+  facts["cuda_archs"] = pybind11::list(pybind11::str(VQK_CUDA_ARCHS).attr("split")());
   facts["torch_target"] = VQK_TORCH_TARGET;
   return facts;
 }
@@ -51,8 +42,7 @@ pybind11::dict facts() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  // read the environment now: a bad VQKERNELS_ISA is an error of the import
-  vqk::kernels();
   m.def("facts", &facts, "What this build is: version, compiler, instruction sets, CUDA architectures.");
-  m.def("set_isa", &vqk::set_isa, pybind11::arg("name"), "Force the instruction set of the CPU bodies, or \"auto\".");
+  m.def("set_isa", &vqk::set_isa, pybind11::arg("name"),
+        "Force the instruction set of the CPU bodies, or \"auto\".");
 }

@@ -22,7 +22,11 @@ struct Words {
 VQK_INLINE Words philox(uint32_t block, uint64_t row, uint32_t stream, uint64_t seed) {
   uint32_t c0 = block, c1 = (uint32_t)row, c2 = (uint32_t)(row >> 32), c3 = stream;
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = (uint64_t)c0 * 0xD2511F53u, p1 = (uint64_t)c2 * 0xCD9E8D57u;
     c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
@@ -79,7 +83,8 @@ VQK_INLINE void direction(uint32_t w, float* cosine, float* sine) {
   c = c * t2 - 1.23370051f;
   c = c * t2 + 1.0f;
   const float x = quadrant & 1 ? s : c, y = quadrant & 1 ? c : s;
-  const uint32_t flip_x = (uint32_t)(quadrant + 1) << 30 & 0x80000000u, flip_y = (uint32_t)quadrant << 30 & 0x80000000u;
+  const uint32_t flip_x = (uint32_t)(quadrant + 1) << 30 & 0x80000000u,
+                 flip_y = (uint32_t)quadrant << 30 & 0x80000000u;
   *cosine = float_of(bits_of(x) ^ flip_x);
   *sine = float_of(bits_of(y) ^ flip_y);
 }

@@ -22,7 +22,8 @@ inline Type type_of(const Tensor& t) {
     case ScalarType::BFloat16: return Type::bf16;
     case ScalarType::Float: return Type::f32;
     case ScalarType::Double: return Type::f64;
-    default: STD_TORCH_CHECK(false, "native: tensors must be floating point; got another dtype. Call .float().");
+    default:
+      STD_TORCH_CHECK(false, "native: tensors must be floating point; got another dtype. Call .float().");
   }
   return Type::f32;
 }
@@ -31,7 +32,8 @@ inline Type type_of(const Tensor& t) {
 inline Rows rows_of(const Tensor& t, bool features = true) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t dims = t.dim(), last = features ? dims - 1 : dims;
-  STD_TORCH_CHECK(last == 1 || last == 2, "native: tensors must have 1 or 2 leading dims; got another rank. Reshape them.");
+  STD_TORCH_CHECK(last == 1 || last == 2,
+                  "native: tensors must have 1 or 2 leading dims; got another rank. Reshape them.");
   Rows rows;
   // the outputs come through here as well
   rows.data = (char*)t.data_ptr();
@@ -48,9 +50,8 @@ inline Rows rows_of(const Tensor& t, bool features = true) {
 inline Rows no_rows() { return Rows{nullptr, Type::f32, 1, 0, 1, 0, 0, 1}; }
 
 inline void check_same_rows(const Rows& x, const Rows& other, const char* name) {
-  STD_TORCH_CHECK(
-      x.batch == other.batch && x.inner == other.inner, "native: ", name,
-      " must have one entry per row of x; got another shape. Reshape it.");
+  STD_TORCH_CHECK(x.batch == other.batch && x.inner == other.inner, "native: ", name,
+                  " must have one entry per row of x; got another shape. Reshape it.");
 }
 
 inline void check_pair(const Rows& x, const Rows& codebook, int64_t min_codes) {

@@ -30,14 +30,21 @@ class Usage:
     local: int
     shared: int
     ptx: str
+    cubin: bytes
 
 
 def compile_for(configuration: Configuration, arch: int) -> Usage:
-    """Compile one configuration for sm_`arch`: pointers aligned as torch's are, integers of unknown divisibility."""
+    """Compile one configuration for sm_`arch`, with pointers aligned as torch's are."""
     names = configuration.kernel.arg_names
     constants = dict(configuration.constants) | dict.fromkeys(configuration.ones, 1)
-    signature = {name: "constexpr" if name in constants else configuration.types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in configuration.multiples]
+    signature = {
+        name: "constexpr" if name in constants else configuration.types.get(name, "i32") for name in names
+    }
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in configuration.multiples
+    ]
     source = ASTSource(
         fn=configuration.kernel,
         signature=signature,
@@ -53,11 +60,19 @@ def compile_for(configuration: Configuration, arch: int) -> Usage:
     return _usage(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"])
 
 
+def machine_code(cubin: bytes) -> str:
+    """The instructions that the GPU would run."""
+    return _tool("nvdisasm", "-c", cubin=cubin)
+
+
 def _usage(cubin: bytes, shared: int, ptx: str) -> Usage:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", cubin=cubin)))
+    return Usage(int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), shared, ptx, cubin)
+
+
+def _tool(name: str, option: str, *, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(found["REG"], found["STACK"], found["LOCAL"], shared, ptx)
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout

@@ -8,7 +8,7 @@ namespace vqk::cpu {
 
 // entries in the order of their code, stable; codes[entry] = -1 is left out
 struct ByCode {
-  Memory<int64_t> starts;   // (K + 1)
+  Memory<int64_t> starts;  // (K + 1)
   Memory<int64_t> entries;
 
   ByCode(const int64_t* codes, int64_t count, int64_t num_codes)

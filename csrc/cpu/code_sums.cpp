@@ -10,8 +10,8 @@ std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes
   check_same_rows(rows, index, "indices");
   const int64_t d = rows.features, count = rows.count();
   Tensor counts = torch::stable::new_empty(x, {num_codes}, ScalarType::Long);
-  Tensor sums = torch::stable::new_empty(
-      x, {num_codes, d}, rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(x, {num_codes, d},
+                                         rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float);
 
   const auto codes = memory<int64_t>(count);
   constexpr int64_t kRows = 1024;

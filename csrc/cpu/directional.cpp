@@ -8,8 +8,9 @@ namespace {
 // rows at a time; a thread takes one such range after the other
 constexpr int64_t kRows = 64;
 
-Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices, const MaybeTensor& position,
-                      const Tensor& seed, int64_t direction, double noise_std, int64_t row_offset) {
+Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices,
+                      const MaybeTensor& position, const Tensor& seed, int64_t direction, double noise_std,
+                      int64_t row_offset) {
   Directional args{};
   args.x = rows_of(x);
   args.codebook = rows_of(codebook);
@@ -30,8 +31,8 @@ Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& ind
 
 }  // namespace
 
-Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed, int64_t direction,
-                   double noise_std, int64_t row_offset) {
+Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed,
+                   int64_t direction, double noise_std, int64_t row_offset) {
   Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
   Tensor z = torch::stable::empty_like(x);
   if (x.numel() == 0) return z;
@@ -45,8 +46,8 @@ Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor positi
 }
 
 std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor codebook, Tensor indices,
-                                                MaybeTensor position, Tensor seed, int64_t direction, double noise_std,
-                                                int64_t row_offset) {
+                                                MaybeTensor position, Tensor seed, int64_t direction,
+                                                double noise_std, int64_t row_offset) {
   Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
   args.grad = rows_of(grad);
   check_same_rows(args.x, args.grad, "grad");
@@ -59,9 +60,10 @@ std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor co
   const auto pull = memory<double>(entries);
   args.codes = codes.get();
   args.pull = pull.get();
-  each_task((count + kRows - 1) / kRows, bodies.directional->scratch(args.x.features), [&](int64_t task, void* scratch) {
-    bodies.directional->backward(args, task * kRows, std::min(count, (task + 1) * kRows), scratch);
-  });
+  each_task((count + kRows - 1) / kRows, bodies.directional->scratch(args.x.features),
+            [&](int64_t task, void* scratch) {
+              bodies.directional->backward(args, task * kRows, std::min(count, (task + 1) * kRows), scratch);
+            });
   Sums sums{};
   sums.x = args.x;
   sums.codebook = args.codebook;

@@ -39,12 +39,11 @@ const Kernels* choose(const std::string& name, const std::string& who) {
     if (name != "auto" && name != isa.kernels->name) continue;
     if (isa.supported) return isa.kernels;
     if (name != "auto")
-      throw std::invalid_argument(
-          who + ": name must be an instruction set of this CPU; got '" + name + "'. Choose 'auto' or one of " +
-          join(isas_supported()) + ".");
+      throw std::invalid_argument(who + ": name must be an instruction set of this CPU; got '" + name +
+                                  "'. Choose 'auto' or one of " + join(isas_supported()) + ".");
   }
-  throw std::invalid_argument(
-      who + ": name must be 'auto' or one of " + join(isas_built()) + "; got '" + name + "'. Choose one of these.");
+  throw std::invalid_argument(who + ": name must be 'auto' or one of " + join(isas_built()) + "; got '" +
+                              name + "'. Choose one of these.");
 }
 
 std::atomic<const Kernels*>& active() {

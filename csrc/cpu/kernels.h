@@ -40,36 +40,37 @@ struct Search {
 };
 
 struct Directional {
-  Rows x, z, grad;     // z is grad_x in the backward pass
-  Rows codebook;       // batch 1
-  Rows indices;        // int64, features 1; type is not used
-  Rows position;       // features 1; data null: one point per row
+  Rows x, z, grad;  // z is grad_x in the backward pass
+  Rows codebook;    // batch 1
+  Rows indices;     // int64, features 1; type is not used
+  Rows position;    // features 1; data null: one point per row
   uint64_t seed;
-  int direction;       // 0 noisy, 1 detach, 2 random
+  int direction;  // 0 noisy, 1 detach, 2 random
   double noise_std;
   int64_t row_offset;
-  bool wide;           // arithmetic in float64, else float32
-  int64_t* codes;      // backward: (points, N) code of each point, -1 where it has no gradient
-  double* pull;        // backward: (points, N) w (g . u) / r
+  bool wide;       // arithmetic in float64, else float32
+  int64_t* codes;  // backward: (points, N) code of each point, -1 where it has no gradient
+  double* pull;    // backward: (points, N) w (g . u) / r
 };
 
 // sums of rows per code, over entries sorted by code
 struct Sums {
   Rows x;
-  Rows codebook;            // data null: add x itself, else pull * (c - x)
-  const double* pull;       // by entry
-  const int64_t* entries;   // sorted; row = entry % N
-  const int64_t* starts;    // (K + 1)
-  int64_t codes, chunk;     // chunk: entries at a time
-  Rows out;                 // (1, K, D)
-  double* edges;            // (chunks, 2, D): first and last code of each chunk, when they cross its borders
+  Rows codebook;           // data null: add x itself, else pull * (c - x)
+  const double* pull;      // by entry
+  const int64_t* entries;  // sorted; row = entry % N
+  const int64_t* starts;   // (K + 1)
+  int64_t codes, chunk;    // chunk: entries at a time
+  Rows out;                // (1, K, D)
+  double* edges;           // (chunks, 2, D): first and last code of each chunk, when they cross its borders
   bool wide;
 };
 
 struct NearestCodeKernels {
   int panel;  // codes side by side
   int tile;   // rows side by side
-  // exact codes begin..end of `codebook`, or points of the dithered curve, to `out` (float32, or float64 if wide)
+  // exact codes begin..end of `codebook`, or points of the dithered curve, to `out` (float32, or float64 if
+  // wide)
   void (*points)(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end, bool wide, void* out);
   void (*survey)(const Codes& codes, int64_t begin, int64_t end, Spread* spread);
   void (*pack)(const Codes& codes, int64_t panel_begin, int64_t panel_end, Spread* spread);

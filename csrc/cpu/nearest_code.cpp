@@ -48,7 +48,8 @@ struct Prepared {
     codes.packed = packed.get();
     codes.bias = bias.get();
     each_task((panels + at_once - 1) / at_once, 0, [&](int64_t task, void*) {
-      body.pack(codes, task * at_once, std::min(panels, (task + 1) * at_once), &parts[static_cast<size_t>(task)]);
+      body.pack(codes, task * at_once, std::min(panels, (task + 1) * at_once),
+                &parts[static_cast<size_t>(task)]);
     });
     for (const Spread& part : parts) {
       // written so that a NaN stays
@@ -79,8 +80,8 @@ struct Prepared {
                       : static_cast<double>(static_cast<const float*>(codes.rows)[n]);
   }
 
-  // the mean of some codes where it outweighs their spread, else 0: any centre is right, a good one makes scores
-  // small beside their differences
+  // the mean of some codes where it outweighs their spread, else 0: any centre is right, a good one makes
+  // scores small beside their differences
   void find_centre() {
     const int64_t d = codes.features, step = std::max<int64_t>(1, codes.count / 512);
     const int64_t length = (d + 7) / 8 * 8;
@@ -115,7 +116,8 @@ void fill(const Search& search, int64_t count) {
 
 std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor dither, bool exact) {
   const NearestCodeKernels& body = *kernels().nearest_code;
-  const Rows rows = rows_of(x), codes = rows_of(codebook), weights = dither ? rows_of(*dither, false) : no_rows();
+  const Rows rows = rows_of(x), codes = rows_of(codebook),
+             weights = dither ? rows_of(*dither, false) : no_rows();
   check_pair(rows, codes, dither ? 2 : 1);
   STD_TORCH_CHECK(!dither || weights.inner == codes.inner - 1,
                   "native: dither must be (K - 1,); got another shape. Pass one weight per segment.");
@@ -126,8 +128,13 @@ std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor d
   if (count == 0) return {indices, sq_dist};
 
   const Prepared prepared(body, codes, weights);
-  Search search{rows, prepared.codes, prepared.spread, exact, indices.mutable_data_ptr<int64_t>(),
-                sq_dist.mutable_data_ptr(), type == ScalarType::Double};
+  Search search{rows,
+                prepared.codes,
+                prepared.spread,
+                exact,
+                indices.mutable_data_ptr<int64_t>(),
+                sq_dist.mutable_data_ptr(),
+                type == ScalarType::Double};
   if (prepared.codes.first_finite < 0) {
     fill(search, count);
     return {indices, sq_dist};

@@ -8,12 +8,13 @@
 namespace vqk::cpu {
 
 std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor dither, bool exact);
-Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed, int64_t direction,
-                   double noise_std, int64_t row_offset);
+Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed,
+                   int64_t direction, double noise_std, int64_t row_offset);
 std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor codebook, Tensor indices,
-                                                MaybeTensor position, Tensor seed, int64_t direction, double noise_std,
-                                                int64_t row_offset);
+                                                MaybeTensor position, Tensor seed, int64_t direction,
+                                                double noise_std, int64_t row_offset);
 std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes);
-std::tuple<Tensor, Tensor> philox(Tensor seed, int64_t rows, int64_t blocks, int64_t stream, int64_t row_offset);
+std::tuple<Tensor, Tensor> philox(Tensor seed, int64_t rows, int64_t blocks, int64_t stream,
+                                  int64_t row_offset);
 
 }  // namespace vqk::cpu

@@ -27,8 +27,8 @@ Memory<T> memory(int64_t count) {
   return Memory<T>(static_cast<T*>(p));
 }
 
-// visit(task, scratch) for every task; a thread that is done takes the next. What a task computes must not depend
-// on the thread, nor on the order.
+// visit(task, scratch) for every task; a thread that is done takes the next. What a task computes must not
+// depend on the thread, nor on the order.
 template <class Visit>
 void each_task(int64_t tasks, size_t scratch_bytes, const Visit& visit) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);

@@ -4,7 +4,8 @@
 
 namespace vqk::cpu {
 
-std::tuple<Tensor, Tensor> philox(Tensor seed, int64_t rows, int64_t blocks, int64_t stream, int64_t row_offset) {
+std::tuple<Tensor, Tensor> philox(Tensor seed, int64_t rows, int64_t blocks, int64_t stream,
+                                  int64_t row_offset) {
   const PhiloxKernels& body = *kernels().philox;
   Tensor words = torch::stable::new_empty(seed, {rows, blocks, 4}, ScalarType::Long);
   Tensor normals = torch::stable::new_empty(seed, {rows, blocks, 4}, ScalarType::Float);
@@ -14,8 +15,8 @@ std::tuple<Tensor, Tensor> philox(Tensor seed, int64_t rows, int64_t blocks, int
   const int64_t at_once = std::max<int64_t>(1, 4096 / std::max<int64_t>(blocks, 1));
   each_task((rows + at_once - 1) / at_once, 0, [&](int64_t task, void*) {
     for (int64_t row = task * at_once; row < std::min(rows, (task + 1) * at_once); ++row)
-      body.row(key, static_cast<uint64_t>(row + row_offset), static_cast<uint32_t>(stream), blocks, w + 4 * blocks * row,
-               n + 4 * blocks * row);
+      body.row(key, static_cast<uint64_t>(row + row_offset), static_cast<uint32_t>(stream), blocks,
+               w + 4 * blocks * row, n + 4 * blocks * row);
   });
   return {words, normals};
 }

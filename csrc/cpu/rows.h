@@ -13,9 +13,12 @@ struct Rows {
   Type type;
   int64_t batch, inner, features;
   int64_t stride_batch, stride_inner, stride_feature;  // in elements
-  int64_t count() const { return batch * inner; }
+  // always inlined here and below, so that no copy compiled for one instruction set serves another
+  __attribute__((always_inline)) int64_t count() const { return batch * inner; }
 };
 
-inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+static inline __attribute__((always_inline)) int64_t size_of(Type type) {
+  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
+}
 
 }  // namespace vqk

@@ -1,8 +1,9 @@
-"""What the Triton kernels share: how they are configured and launched, and how rows of any strides are found."""
+"""What the Triton kernels share: their configuration and launch, and rows of any strides."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 # interpreted grids are slow python loops: there the tiles are large and the programs few
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 

@@ -1,4 +1,4 @@
-"""The vectors that the directional kernels share: e = p - x, and the direction's vector before it is normalised."""
+"""What the directional kernels share: e = p - x, and the vector w whose direction is u."""
 
 from __future__ import annotations
 
@@ -64,3 +64,13 @@ def wide_sum(a, b):
 def any_not_finite(value):
     """1 for each row of a tile with a NaN or Inf, else 0."""
     return tl.max(tl.where(is_finite(value), 0, 1), axis=1)
+
+
+@triton.jit
+def pulled(e, strength, r):
+    """strength e / r of each row of a tile, 0 where r = 0 (or NaN)."""
+    # 1/r overflows where r is subnormal
+    boost = tl.where(r < 1e-20, 18446744073709551616.0, 1.0)
+    inverse = tl.where(r > 0, 1.0 / (r * boost), 0.0)
+    along = strength[:, None] * ((e * boost[:, None]) * inverse[:, None])
+    return tl.where((r > 0)[:, None], along, 0.0)

@@ -1,10 +1,16 @@
-"""Philox-4x32-10 and the normals made of it, as device functions; `vqkernels.philox` is their specification."""
+"""Philox-4x32-10 and normals, as device functions; `vqkernels.philox` is their specification."""
+
+# triton's stubs do not know what its compiler accepts
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+# the streams of the noise of a row's first and second point
+FIRST = tl.constexpr(0)
+SECOND = tl.constexpr(1)
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
 _WEYL_0 = tl.constexpr(0x9E3779B9)
@@ -39,6 +45,7 @@ def philox_words(seed, row, block, stream: tl.constexpr):
 def normal_pair(w0, w1):
     """Box-Muller: two float32 standard normals of two words."""
     u = ((w0 >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
+    # the approximate root is off by 2^-23, for which 2^-18 has room; the exact one is a function call
     radius = tl.sqrt(-2.0 * tl.log(u))
     # the angle in quarter turns is exact: nearest quarter, and what is left in [-1/2, 1/2]; the library's
     # cosine would bring a reduction for huge angles, and its stack, along
@@ -62,7 +69,7 @@ def normal_pair(w0, w1):
 
 @triton.jit
 def normal_tile(seed, row, first_feature, stream: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Normals of features [first_feature, first_feature + BLOCK_D) of int64 rows: (BLOCK_N, BLOCK_D) float32."""
+    """Normals of BLOCK_D features from `first_feature` on, of int64 rows: (BLOCK_N, BLOCK_D) float32."""
     block = first_feature // 4 + tl.arange(0, BLOCK_D // 4)
     w0, w1, w2, w3 = philox_words(seed, row[:, None], block[None, :], stream)
     n0, n1 = normal_pair(w0, w1)

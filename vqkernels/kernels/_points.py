@@ -10,7 +10,7 @@ from vqkernels.kernels._common import is_finite
 
 @triton.jit
 def load_point(codes, dither, index, feature, stride_code, stride_feature, live, DITHERED: tl.constexpr):
-    """Points `index` at `feature` in float64: c, or (1 - l) c_s + l c_{s+1}; exact only in an unfused kernel."""
+    """Points at `feature` in float64: c, or (1 - l) c_s + l c_{s+1} in kernels compiled unfused."""
     where = codes + index * stride_code + feature * stride_feature
     point = tl.load(where, mask=live, other=0.0).to(tl.float64)
     if DITHERED:
@@ -39,9 +39,9 @@ def prepare(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Transposed padded copies of the points, |p|^2/2 and the rounding of the copy that is searched.
+    """Transposed padded copies of the points, |p|^2/2, and what the searched copy lost by rounding.
 
-    Points with a NaN or Inf become 0 with the half norm inf, as does the padding, so that their score is -inf.
+    Points with a NaN or Inf become 0 with the half norm inf, as does the padding: their score is -inf.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.arange(0, BLOCK_D)

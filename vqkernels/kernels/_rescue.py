@@ -1,17 +1,21 @@
 """What follows the search of nearest_code: certify each row, search the open ones in float64, merge.
 
-The search returns scores t_j of s_j = x.p_j - |p_j|^2/2, and the contract minimises the float64 distance d_j of
-|x|^2 - 2 s_j. With P = max |p|, the copies that were multiplied off by at most r (0 but for dither), and B = P^2/2:
+The search returns scores t_j of s_j = x.p_j - |p_j|^2/2, and the contract minimises the float64 distance d_j
+of |x|^2 - 2 s_j. With P = max |p|, B = P^2/2 and copies of the points off by at most r (0 without dither):
 
-    |t_j - s_j|               <= E_score    = |x| r + kappa (|x| (P + r) + B) + 4 (D + 2) 2^-126 (1 + |x| + P)
-    |d_j/2 - |x|^2/2 + s_j|   <= E_contract = (D + 4) 2^-52 (|x| + P)^2
+    |t_j - s_j|             <= |x| r + kappa (|x| (P + r) + B) + 4 (D + 2) 2^-126 (1 + |x| + P)
+    |(d_j - |x|^2)/2 + s_j| <= (D + 4) 2^-52 (|x| + P)^2
 
-The first term is Cauchy-Schwarz on the rounding of the points; rows are never rounded. The second is the float32
-dot product: kappa = ceil(D/16) 20 2^-24 + 4 2^-24 holds for any order of fused or unfused operations
-(n 2^-24 / (1 - n 2^-24) for n = D + 2) and for tensor cores, which align 17 addends and truncate: 2^-23 + 17 2^-24 for
-each 16 features; it also holds the roundings of half the squared norm and of the difference. The third is underflow.
-With E the sum, a winner more than 2 E ahead of every other group is the contract's. 2^-10 covers the arithmetic of E.
+The first term is Cauchy-Schwarz on the rounding of the points; rows are never rounded. The second is the
+float32 product: kappa = ceil(D/16) 20 2^-24 + 4 2^-24 holds for any order of fused or unfused operations, of
+bound n 2^-24 / (1 - n 2^-24) with n = D + 2, and for tensor cores, which align and truncate 17 addends:
+2^-23 + 17 2^-24 for each 16 features. It also holds the roundings of half the squared norm and of the
+difference. The third is underflow. With E the sum of both lines, a winner more than 2 E ahead of the rest is
+the contract's; the arithmetic of E itself is covered by a factor of 1 + 2^-10.
 """
+
+# triton's stubs do not know what its compiler accepts
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -87,9 +91,13 @@ def finish(
     for feature in range(features):
         value = tl.load(start, mask=live, other=0.0).to(tl.float64)
         square = square + value * value
-        difference = value - load_point(codes, dither, first, feature, stride_code, stride_feature, live, DITHERED)
+        difference = value - load_point(
+            codes, dither, first, feature, stride_code, stride_feature, live, DITHERED
+        )
         first_dist = first_dist + difference * difference
-        difference = value - load_point(codes, dither, second, feature, stride_code, stride_feature, live, DITHERED)
+        difference = value - load_point(
+            codes, dither, second, feature, stride_code, stride_feature, live, DITHERED
+        )
         second_dist = second_dist + difference * difference
         start += x_feature
     # a point that is not finite loses; the loads above saw it as it is
@@ -124,7 +132,7 @@ def finish(
 
 @triton.jit
 def _splits_of(count, programs, tiles, BLOCK_R: tl.constexpr):
-    # few open rows share the codebook between programs, so that one row does not keep one processor busy for long
+    # few open rows: the programs share the points, so that no row keeps one processor busy for long
     groups = (count + BLOCK_R - 1) // BLOCK_R
     return groups, tl.maximum(1, tl.minimum(tiles, programs // tl.maximum(groups, 1)))
 
@@ -148,7 +156,7 @@ def rescue(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The contract for the rows that are open: each group of them against a share of the points, in float64."""
+    """The contract for the open rows: each group of them against a share of the points, in float64."""
     programs = tl.num_programs(0)
     count = tl.load(open_count)
     groups, splits = _splits_of(count, programs, tiles, BLOCK_R)
@@ -199,7 +207,7 @@ def merge(
 ):
     """The least of each open row's shares; the lower share wins a tie, so the lowest index does."""
     count = tl.load(open_count)
-    groups, splits = _splits_of(count, programs, tiles, BLOCK_R)
+    _, splits = _splits_of(count, programs, tiles, BLOCK_R)
     slot = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = slot < count
     if tl.program_id(0) * BLOCK_N < count:

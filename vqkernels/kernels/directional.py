@@ -16,6 +16,7 @@ from vqkernels.kernels._common import (
     row_offsets,
 )
 from vqkernels.kernels._directions import DETACH, any_not_finite, direction, load_rows, wide_sum
+from vqkernels.kernels._noise import FIRST, SECOND
 
 _LARGEST_BLOCK = 512
 # elements of a tile: what 128 threads hold in registers
@@ -72,18 +73,18 @@ def _directional(
         bad = any_not_finite(value)
         point, e, w = direction(
             value, codes, index, key, number, 0, column, mask, noise_std, stride_code, stride_feature,
-            0, DIRECTION, BLOCK_N, BLOCK_D,
+            FIRST, DIRECTION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         factor = _factor(wide_sum(e, e), wide_sum(w, w), 1.0 - weight)
         moved = _moved(value, point, w, factor, 1.0 - weight, DIRECTION)
         if POINTS == 2:
             point, e, w = direction(
                 value, codes, index + 1, key, number, 0, column, mask, noise_std, stride_code, stride_feature,
-                1, DIRECTION, BLOCK_N, BLOCK_D,
+                SECOND, DIRECTION, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             factor = _factor(wide_sum(e, e), wide_sum(w, w), weight)
             moved += _moved(0.0, point, w, factor, weight, DIRECTION)
-        _store_rows(z_start, column, z_feature, moved, bad, alive, mask)
+        store_rows(z_start, column, z_feature, moved, bad, alive, mask)
     else:
         bad = tl.zeros((BLOCK_N,), tl.int32)
         e_square = tl.zeros((BLOCK_N,), tl.float64)
@@ -97,15 +98,15 @@ def _directional(
             bad = tl.maximum(bad, any_not_finite(value))
             if DIRECTION != DETACH:
                 point, e, w = direction(
-                    value, codes, index, key, number, first, feature, mask, noise_std, stride_code, stride_feature,
-                    0, DIRECTION, BLOCK_N, BLOCK_D,
+                    value, codes, index, key, number, first, feature, mask, noise_std, stride_code,
+                    stride_feature, FIRST, DIRECTION, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 e_square += wide_sum(e, e)
                 w_square += wide_sum(w, w)
                 if POINTS == 2:
                     point, e, w = direction(
                         value, codes, index + 1, key, number, first, feature, mask, noise_std, stride_code,
-                        stride_feature, 1, DIRECTION, BLOCK_N, BLOCK_D,
+                        stride_feature, SECOND, DIRECTION, BLOCK_N, BLOCK_D,
                     )  # fmt: skip
                     e_square_2 += wide_sum(e, e)
                     w_square_2 += wide_sum(w, w)
@@ -116,17 +117,17 @@ def _directional(
             mask = live[:, None] & (feature < features)[None, :]
             value = load_rows(x_start, feature, x_feature, mask)
             point, e, w = direction(
-                value, codes, index, key, number, first, feature, mask, noise_std, stride_code, stride_feature,
-                0, DIRECTION, BLOCK_N, BLOCK_D,
+                value, codes, index, key, number, first, feature, mask, noise_std, stride_code,
+                stride_feature, FIRST, DIRECTION, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             moved = _moved(value, point, w, factor, 1.0 - weight, DIRECTION)
             if POINTS == 2:
                 point, e, w = direction(
                     value, codes, index + 1, key, number, first, feature, mask, noise_std, stride_code,
-                    stride_feature, 1, DIRECTION, BLOCK_N, BLOCK_D,
+                    stride_feature, SECOND, DIRECTION, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 moved += _moved(0.0, point, w, factor_2, weight, DIRECTION)
-            _store_rows(z_start, feature, z_feature, moved, bad, alive, mask)
+            store_rows(z_start, feature, z_feature, moved, bad, alive, mask)
 
 
 @triton.jit
@@ -145,7 +146,8 @@ def _moved(value, point, w, factor, weight, DIRECTION: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(start, feature, stride_feature, moved, bad, alive, mask):
+def store_rows(start, feature, stride_feature, moved, bad, alive, mask):
+    """Store a tile: NaN for rows with a NaN or Inf, 0 for rows whose index is out of range."""
     moved = tl.where(bad[:, None] == 0, moved, float("nan"))
     moved = tl.where(alive[:, None], moved, 0.0)
     at = start[:, None] + feature.to(tl.int64)[None, :] * stride_feature
@@ -155,16 +157,27 @@ def _store_rows(start, feature, stride_feature, moved, bad, alive, mask):
 def tile_of(features: int) -> tuple[int, int]:
     """Rows and features of a tile."""
     block = feature_block(features, _LARGEST_BLOCK)
-    return max(1, _TILE // block), block
+    # the loop over blocks keeps more sums
+    tile = _TILE if features <= block else _TILE // 2
+    return max(1, tile // block), block
 
 
-def _form(x: torch.dtype, codes: torch.dtype, position: torch.dtype | None, direction: int, features: int) -> Configuration:
+def _form(
+    x: torch.dtype, codes: torch.dtype, position: torch.dtype | None, direction: int, features: int
+) -> Configuration:
     block_n, block_d = tile_of(features)
     whole, points = features <= block_d, 1 if position is None else 2
     return Configuration(
-        name=f"directional_{TYPES[x]}_{TYPES[codes]}_{direction}_{points}_d{block_d}{'' if whole else '_loop'}",
+        name=f"directional_{TYPES[x]}_{TYPES[codes]}_{direction}_{points}_d{block_d}"
+        f"{'' if whole else '_loop'}",
         kernel=_directional,
-        constants={"DIRECTION": direction, "POINTS": points, "WHOLE": whole, "BLOCK_N": block_n, "BLOCK_D": block_d},
+        constants={
+            "DIRECTION": direction,
+            "POINTS": points,
+            "WHOLE": whole,
+            "BLOCK_N": block_n,
+            "BLOCK_D": block_d,
+        },
         types={
             "x": f"*{TYPES[x]}",
             "codes": f"*{TYPES[codes]}",
@@ -180,7 +193,7 @@ def _form(x: torch.dtype, codes: torch.dtype, position: torch.dtype | None, dire
 
 
 def configurations() -> list[Configuration]:
-    """The forms in which the kernel of this file is launched; other dtypes and block sizes compile to the like."""
+    """The forms in which this kernel is launched; other dtypes and block sizes compile to the like."""
     half, single = torch.bfloat16, torch.float32
     return [
         _form(half, single, None, 0, 64),
@@ -206,7 +219,9 @@ def launch(
     z = torch.empty_like(x)
     if not x.numel():
         return z
-    form = _form(x.dtype, codebook.dtype, None if position is None else position.dtype, direction, x.shape[-1])
+    form = _form(
+        x.dtype, codebook.dtype, None if position is None else position.dtype, direction, x.shape[-1]
+    )
     with on_device_of(x):
         form.launch(
             (triton.cdiv(indices.numel(), form.constants["BLOCK_N"]),),

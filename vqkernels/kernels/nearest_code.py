@@ -1,8 +1,11 @@
-"""Nearest code in Triton: a search by tensor products, a certificate, and a float64 search of the rows it leaves open.
+"""Nearest code in Triton: search by products, certify, and search the rows left open in float64.
 
-Five kernels, no host synchronisation: `prepare` (copies and norms of the points), `_search` (best pair of points and
-the runner-up of each row), `finish` (the certificate), `rescue` and `merge` (the contract for the open rows).
+Five kernels, no host synchronisation: `prepare` (copies and norms of the points), `_search` (best pair of
+points and the runner-up of each row), `finish` (the certificate), `rescue` and `merge` (the open rows).
 """
+
+# triton's stubs do not know what its compiler accepts
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -63,7 +66,9 @@ def _search(
     half_column = tl.arange(0, BLOCK_K // 2)
     minus_infinity = float("-inf")
     wide_block = tl.full((1, 1), BLOCK_D, tl.int64)
-    start = x + row_offsets(rows, inner, x_outer, x_inner)[:, None] + feature.to(tl.int64)[None, :] * x_feature
+    start = (
+        x + row_offsets(rows, inner, x_outer, x_inner)[:, None] + feature.to(tl.int64)[None, :] * x_feature
+    )
     where = points + feature.to(tl.int64)[:, None] * padded_points + column[None, :]
     best = tl.full((BLOCK_N,), minus_infinity, tl.float32)
     following = tl.full((BLOCK_N,), minus_infinity, tl.float32)
@@ -88,7 +93,7 @@ def _search(
                 point_at += wide_block * padded_points
         score = product - tl.load(half_norms + tile * BLOCK_K + column)[None, :]
         if QUIET_NAN:
-            score = tl.where(score == score, score, minus_infinity)
+            score = tl.where(score >= minus_infinity, score, minus_infinity)
         # the maximum of neighbours costs half an instruction each; the finish tells the two apart
         score = tl.max(tl.reshape(score, (BLOCK_N, BLOCK_K // 2, 2)), axis=2)
         here, at = tl.max(score, axis=1, return_indices=True)
@@ -106,7 +111,7 @@ def _prepare(codes: torch.dtype, searched: torch.dtype, dithered: bool) -> Confi
     return Configuration(
         name=f"nearest_code_prepare_{TYPES[codes]}_{'dithered' if dithered else TYPES[searched]}",
         kernel=prepare,
-        constants={"DITHERED": dithered, "BLOCK_K": _PAD if INTERPRETED else 32, "BLOCK_D": 16 if INTERPRETED else 32},
+        constants={"DITHERED": dithered, "BLOCK_K": _PAD if INTERPRETED else 32, "BLOCK_D": 32},
         types={
             "codes": f"*{TYPES[codes]}",
             "dither": "*fp32",
@@ -118,6 +123,7 @@ def _prepare(codes: torch.dtype, searched: torch.dtype, dithered: bool) -> Confi
         },
         ones=("stride_feature",),
         multiples=("features", "padded_features", "padded_points", "stride_code"),
+        warps=8,
         fused=False,
     )
 
@@ -125,7 +131,8 @@ def _prepare(codes: torch.dtype, searched: torch.dtype, dithered: bool) -> Confi
 def _search_form(x: torch.dtype, searched: torch.dtype, features: int) -> Configuration:
     half = searched != torch.float32
     block = feature_block(features, 128 if half else 32)
-    resident = features <= block
+    # operands of float32 products live in registers: more of them would spill
+    resident = features <= (block if half else 16)
     if not resident and half:
         block = 64
     tile = (128, 128) if half else (64, 64)
@@ -156,7 +163,8 @@ def _search_form(x: torch.dtype, searched: torch.dtype, features: int) -> Config
 
 def _finish(x: torch.dtype, codes: torch.dtype, exact: bool, dithered: bool) -> Configuration:
     return Configuration(
-        name=f"nearest_code_finish_{TYPES[x]}_{TYPES[codes]}{'_exact' if exact else ''}{'_dithered' if dithered else ''}",
+        name=f"nearest_code_finish_{TYPES[x]}_{TYPES[codes]}{'_exact' if exact else ''}"
+        f"{'_dithered' if dithered else ''}",
         kernel=finish,
         constants={"EXACT": exact, "DITHERED": dithered, "BLOCK_N": _FINISH_ROWS},
         types={
@@ -220,7 +228,7 @@ def configurations() -> list[Configuration]:
     half, single, double = torch.bfloat16, torch.float32, torch.float64
     return [
         *(_search_form(half, half, features) for features in (16, 32, 64, 128, 256)),
-        *(_search_form(single, single, features) for features in (16, 32, 256)),
+        *(_search_form(single, single, features) for features in (16, 256)),
         _search_form(half, single, 256),
         _prepare(half, half, False),
         _prepare(single, single, True),

@@ -15,7 +15,9 @@ from vqkernels.kernels._noise import normal_pair, philox_words
 def _philox(seed, words, normals, total, blocks, row_offset, STREAM: tl.constexpr, BLOCK: tl.constexpr):
     item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = item < total
-    w0, w1, w2, w3 = philox_words(tl.load(seed), item // blocks + row_offset, (item % blocks).to(tl.int32), STREAM)
+    w0, w1, w2, w3 = philox_words(
+        tl.load(seed), item // blocks + row_offset, (item % blocks).to(tl.int32), STREAM
+    )
     n0, n1 = normal_pair(w0, w1)
     n2, n3 = normal_pair(w2, w3)
     tl.store(words + item * 4, w0.to(tl.int64), mask=live)
@@ -52,5 +54,7 @@ def launch(seed: Tensor, rows: int, blocks: int, stream: int, row_offset: int) -
     if words.numel():
         total = rows * blocks
         with on_device_of(seed):
-            _configuration(stream).launch((triton.cdiv(total, _BLOCK),), seed, words, normals, total, blocks, row_offset)
+            _configuration(stream).launch(
+                (triton.cdiv(total, _BLOCK),), seed, words, normals, total, blocks, row_offset
+            )
     return words, normals

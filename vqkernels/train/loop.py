@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self, cast
@@ -38,6 +39,7 @@ class RunResult:
         signal: name of the signal that stopped the run, None for a finished run.
         model: the trained model.
         images: what it was trained and measured on.
+        main: whether this process is the one that writes and prints.
     """
 
     step: int
@@ -45,6 +47,7 @@ class RunResult:
     signal: str | None
     model: VQVAE
     images: ImageSet
+    main: bool
 
 
 def train(
@@ -86,9 +89,14 @@ def train(
     if checkpoint is not None:
         run.restore(checkpoint)
     started_at = run.step
-    with MetricsLog(config.metrics_path(), run.step) as log, _StopSignals() as stop:
+    main = run.accelerator.is_main_process
+    with (
+        MetricsLog(config.metrics_path(), run.step) if main else nullcontext() as log,
+        _StopSignals() as stop,
+    ):
         run.go(log, stop, progress, on_line)
-    return RunResult(run.step, started_at, stop.name if run.step < config.steps else None, run.model, images)
+    stopped_by = stop.name if run.step < config.steps else None
+    return RunResult(run.step, started_at, stopped_by, run.model, images, main)
 
 
 class _Run:
@@ -116,20 +124,25 @@ class _Run:
         self.timer = QuantizerShare(self.model.quantizer, self.device)
 
     def go(
-        self, log: MetricsLog, stop: "_StopSignals", progress: bool, on_line: Callable[[Line], None] | None
+        self,
+        log: MetricsLog | None,
+        stop: "_StopSignals",
+        progress: bool,
+        on_line: Callable[[Line], None] | None,
     ) -> None:
-        config, main = self.config, self.accelerator.is_main_process
+        """Train to the end or to a signal; only the main process has a log."""
+        config = self.config
         bar = tqdm(
             total=config.steps,
             initial=self.step,
             desc=config.quantizer,
             unit="step",
             dynamic_ncols=True,
-            disable=not (progress and main),
+            disable=not progress or log is None,
         )
 
         def tell(line: Line) -> None:
-            if main:
+            if log is not None:
                 log.write(line)
                 bar.set_postfix_str(_postfix(line), refresh=False)
                 if on_line is not None:
@@ -209,11 +222,11 @@ class _Run:
             return False
         return bool(self.sum(torch.tensor(float(stop.name is not None), device=self.device)) > 0)
 
-    def save(self, log: MetricsLog) -> None:
+    def save(self, log: MetricsLog | None) -> None:
         window = self.window.state(self.sum)
         # weights that a bad step has spoilt must not replace good ones
         self.require_finite(float(window["sums"].sum()))
-        if not self.accelerator.is_main_process:
+        if log is None:
             return
         log.sync()
         scaler = self.accelerator.scaler

@@ -16,6 +16,11 @@ from vqkernels.train.log import Line
 DPI = 120
 COLUMN_INCHES = 4.4
 
+NOTE = (
+    "A run that warms up has no codes in use at first. Training counts over the steps since the last line; "
+    "SF-DiVeQ counts segments there, codes on held-out images."
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -88,6 +93,7 @@ def draw_training(path: Path, runs: Mapping[str, Sequence[Line]]) -> None:
     keys.append(Line2D([], [], color="0.3", alpha=0.5, linewidth=1, label="training crops"))
     keys.append(Line2D([], [], color="0.3", marker="o", markersize=4, label="whole held-out images"))
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False, fontsize=11)
+    figure.supxlabel(NOTE, fontsize=9, color="0.3")
     figure.savefig(path)
 
 

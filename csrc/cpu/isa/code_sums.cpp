@@ -1,5 +1,5 @@
-// Sums of rows per code over entries sorted by code. A chunk is a fixed number of entries, so the order of the sum
-// depends on the data alone and not on the threads.
+// Sums of rows per code over entries sorted by code. A chunk is a fixed number of entries, so the order of
+// the sum depends on the data alone and not on the threads.
 #include "../kernels.h"
 #include "convert.h"
 

@@ -52,12 +52,14 @@ VQK_INLINE void narrow(float v, double* out) { *out = v; }
 VQK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 VQK_INLINE int64_t magnitude(int64_t a) { return a < 0 ? -a : a; }
 
-// visits rows [begin, begin + n) of `rows` against a buffer whose row r starts at ld * r, along the shorter stride
+// visits rows [begin, begin + n) of `rows` against a buffer whose row r starts at ld * r, along the shorter
+// stride
 template <class T, class Visit>
 VQK_INLINE void each(const Rows& rows, int64_t begin, int64_t n, int64_t ld, Visit visit) {
   const int64_t d = rows.features, sd = rows.stride_feature, sm = rows.stride_inner;
   for (int64_t r = 0; r < n;) {
-    const int64_t b = (begin + r) / rows.inner, m = (begin + r) % rows.inner, run = smaller(n - r, rows.inner - m);
+    const int64_t b = (begin + r) / rows.inner, m = (begin + r) % rows.inner,
+                  run = smaller(n - r, rows.inner - m);
     T* const from = (T*)rows.data + b * rows.stride_batch + m * sm;
     if (run == 1 || magnitude(sd) <= magnitude(sm)) {
       for (int64_t q = 0; q < run; ++q) {
@@ -80,7 +82,8 @@ void load(const Rows& rows, int64_t begin, int64_t n, A* out, int64_t ld) {
     case Type::f16:
       return each<const F16>(rows, begin, n, ld, [out](const F16* v, int64_t at) { out[at] = (A)widen(*v); });
     case Type::bf16:
-      return each<const BF16>(rows, begin, n, ld, [out](const BF16* v, int64_t at) { out[at] = (A)widen(*v); });
+      return each<const BF16>(rows, begin, n, ld,
+                              [out](const BF16* v, int64_t at) { out[at] = (A)widen(*v); });
     case Type::f32:
       return each<const float>(rows, begin, n, ld, [out](const float* v, int64_t at) { out[at] = (A)*v; });
     case Type::f64:
@@ -94,7 +97,8 @@ void store(const A* in, int64_t ld, const Rows& rows, int64_t begin, int64_t n) 
     case Type::f16: return each<F16>(rows, begin, n, ld, [in](F16* v, int64_t at) { narrow(in[at], v); });
     case Type::bf16: return each<BF16>(rows, begin, n, ld, [in](BF16* v, int64_t at) { narrow(in[at], v); });
     case Type::f32: return each<float>(rows, begin, n, ld, [in](float* v, int64_t at) { narrow(in[at], v); });
-    case Type::f64: return each<double>(rows, begin, n, ld, [in](double* v, int64_t at) { narrow(in[at], v); });
+    case Type::f64:
+      return each<double>(rows, begin, n, ld, [in](double* v, int64_t at) { narrow(in[at], v); });
   }
 }
 

@@ -1,5 +1,6 @@
-// The directional family, forward and backward (METHODS: z = x + sum_m w_m r_m u_m). Differences are formed in
-// float32 (float64 for float64 inputs), lengths and dot products in float64, so that 1e-30 squared survives.
+// The directional family, forward and backward (METHODS: z = x + sum_m w_m r_m u_m). Differences are formed
+// in float32 (float64 for float64 inputs), lengths and dot products in float64, so that 1e-30 squared
+// survives.
 #include "../kernels.h"
 #include "convert.h"
 #include "noise.h"
@@ -21,9 +22,9 @@ VQK_INLINE void store8(d8 v, double* p) { *(d8u*)p = v; }
 // buffers of one thread; rows are padded with zeros to a multiple of kNoise
 template <class A>
 struct Buffers {
-  A *x, *z, *g;      // (kRows, ld)
-  A *e[2], *u[2];    // (ld): p - x, and the direction before it is normalised
-  float* v;          // (ld)
+  A *x, *z, *g;    // (kRows, ld)
+  A *e[2], *u[2];  // (ld): p - x, and the direction before it is normalised
+  float* v;        // (ld)
   int64_t ld;
 
   Buffers(void* scratch, int64_t d) : ld(padded(d)) {
@@ -64,7 +65,8 @@ VQK_INLINE double dot(const A* a, const A* b, int64_t ld) {
 
 // e = c - x and the vector along u, for point m of a row; the code is left in `e` when detached
 template <class A>
-VQK_INLINE void point(const Directional& a, const Buffers<A>& b, const A* x, int64_t row, int64_t code, int m) {
+VQK_INLINE void point(const Directional& a, const Buffers<A>& b, const A* x, int64_t row, int64_t code,
+                      int m) {
   const int64_t d = a.x.features;
   A *const e = b.e[m], *const u = b.u[m];
   load(a.codebook, code, 1, e, d);
@@ -114,20 +116,23 @@ void forward_row(const Directional& a, const Buffers<A>& b, const A* x, A* z, in
   memcpy(z, x, (size_t)ld * sizeof(A));
   for (int m = 0; m < points; ++m) {
     point(a, b, x, row, code + m, m);
-    const double r = __builtin_sqrt(dot(b.e[m], b.e[m], ld)), length = __builtin_sqrt(dot(b.u[m], b.u[m], ld));
+    const double r = __builtin_sqrt(dot(b.e[m], b.e[m], ld)),
+                 length = __builtin_sqrt(dot(b.u[m], b.u[m], ld));
     const double step = length > 0 ? weight_of(a.position, row, m) * r / length : 0 * r;
     for (int64_t k = 0; k < ld; k += 8) store8(load8(z + k) + step * load8(b.u[m] + k), z + k);
   }
 }
 
 template <class A>
-void backward_row(const Directional& a, const Buffers<A>& b, const A* x, const A* g, A* out, int64_t row, int64_t code) {
+void backward_row(const Directional& a, const Buffers<A>& b, const A* x, const A* g, A* out, int64_t row,
+                  int64_t code) {
   const int64_t ld = b.ld, count = a.x.count();
   const int points = a.position.data ? 2 : 1;
   double pull[2] = {0, 0};
   for (int m = 0; m < points; ++m) {
     point(a, b, x, row, code + m, m);
-    const double r = __builtin_sqrt(dot(b.e[m], b.e[m], ld)), length = __builtin_sqrt(dot(b.u[m], b.u[m], ld));
+    const double r = __builtin_sqrt(dot(b.e[m], b.e[m], ld)),
+                 length = __builtin_sqrt(dot(b.u[m], b.u[m], ld));
     const double along = length > 0 ? dot(g, b.u[m], ld) / length : 0;
     pull[m] = r > 0 ? weight_of(a.position, row, m) * along / r : 0;
     a.codes[m * count + row] = r > 0 ? code + m : -1;

@@ -1,22 +1,24 @@
 // The certified search. Everything below serves one inequality.
 //
 // With mu the centre, a power of two 2^a, x' = 2^a (x - mu), c' = 2^a (c - mu), the index wanted minimises
-// |x' - c'|^2, that is, it maximises s_j = x'.c'_j - |c'_j|^2 / 2. The search computes s^_j from xh = float32(x')
-// and ch = float32(c'), beginning at -b_j = -float32(|c'_j|^2 / 2) and adding D products. With u = 2^-24,
-// C = max|c'|, B = C^2 / 2, Ch = max|ch|, r_x = |x' - xh| and R = max|c' - ch| measured in float64:
+// |x' - c'|^2, that is, it maximises s_j = x'.c'_j - |c'_j|^2 / 2. The search computes s^_j from xh =
+// float32(x') and ch = float32(c'), beginning at -b_j = -float32(|c'_j|^2 / 2) and adding D products. With u
+// = 2^-24, C = max|c'|, B = C^2 / 2, Ch = max|ch|, r_x = |x' - xh| and R = max|c' - ch| measured in float64:
 //
 //   |s^_j - s_j| <= E = r_x Ch + |x'| R                      the roundings to float32 (Cauchy-Schwarz)
 //                     + g (|xh| Ch + B), g = n u / (1 - n u), n = D + 2     the sum, fused or not
 //                     + u B + (D + 16) 2^-52 B               the half norm
 //                     + 4 (D + 2) 2^-126                     underflow, also where subnormals are flushed
 //
-// Centring and scaling in float64 round x' and c' by 2^-53 relative, which r_x and R include. The contract's own
-// distance d is a sum of D rounded squares of rounded differences, within (D + 3) 2^-53 d + D 2^-1075 of the real
-// one, and d <= (|x'| + C)^2 2^-2a for every code: T = (D + 4) 2^-52 (|x'| + C)^2 + (D + 2) 2^-1074 2^2a bounds it
-// in scaled units with room to spare. So a code with s^ < max s^ - 2 (E + T) cannot win. An E that is not finite,
-// scores that float32 cannot hold and distances that float64 cannot hold leave the row open.
+// Centring and scaling in float64 round x' and c' by 2^-53 relative, which r_x and R include. The contract's
+// own distance d is a sum of D rounded squares of rounded differences, within (D + 3) 2^-53 d + D 2^-1075 of
+// the real one, and d <= (|x'| + C)^2 2^-2a for every code: T = (D + 4) 2^-52 (|x'| + C)^2 + (D + 2) 2^-1074
+// 2^2a bounds it in scaled units with room to spare. So a code with s^ < max s^ - 2 (E + T) cannot win. An E
+// that is not finite, scores that float32 cannot hold and distances that float64 cannot hold leave the row
+// open.
 #include "../kernels.h"
 #include "convert.h"
+#include "literal.h"
 #include "simd.h"
 
 namespace vqk {
@@ -127,63 +129,7 @@ void pack(const Codes& codes, int64_t panel_begin, int64_t panel_end, Spread* sp
                     : pack_rows<float>(codes, panel_begin, panel_end, spread);
 }
 
-// ---- the contract's distance ----
-
-constexpr int kPairs = 8;
-
-// of several pairs at once: squares in vectors, each pair's sum in order, eight sums interleaved
-template <class C>
-void literal(const double* const* x, const C* const* c, int64_t d, double* out) {
-  double acc[kPairs] = {};
-  double t[kPairs][64];
-  for (int64_t k0 = 0; k0 < d; k0 += 64) {
-    const int64_t n = smaller(64, d - k0);
-    for (int p = 0; p < kPairs; ++p) {
-      const double* const xs = x[p] + k0;
-      const C* const cs = c[p] + k0;
-      for (int64_t k = 0; k < n; ++k) {
-        const double e = xs[k] - (double)cs[k];
-        t[p][k] = e * e;
-      }
-    }
-    for (int64_t k = 0; k < n; ++k)
-#pragma GCC unroll 8
-      for (int p = 0; p < kPairs; ++p) acc[p] += t[p][k];
-  }
-  for (int p = 0; p < kPairs; ++p) out[p] = acc[p];
-}
-
-struct Best {
-  double sq_dist;
-  int64_t index;
-};
-
-VQK_INLINE void improve(Best& best, double sq_dist, int64_t index) {
-  if (sq_dist < best.sq_dist || (sq_dist == best.sq_dist && index < best.index)) best = {sq_dist, index};
-}
-
-// pairs of a row and a code that wait for their distance
-template <class C>
-struct Pairs {
-  const double* x[kPairs];
-  const C* c[kPairs];
-  Best* best[kPairs];
-  int64_t index[kPairs];
-  int count = 0;
-
-  void add(const double* row, const C* code, Best* into, int64_t j, int64_t d) {
-    x[count] = row, c[count] = code, best[count] = into, index[count] = j;
-    if (++count == kPairs) flush(d);
-  }
-  void flush(int64_t d) {
-    if (count == 0) return;
-    for (int p = count; p < kPairs; ++p) x[p] = x[0], c[p] = c[0];
-    double out[kPairs];
-    literal(x, c, d, out);
-    for (int p = 0; p < count; ++p) improve(*best[p], out[p], index[p]);
-    count = 0;
-  }
-};
+// ---- search ----
 
 VQK_INLINE void answer(const Search& s, int64_t row, int64_t index, double sq_dist) {
   s.indices[row] = index;
@@ -192,8 +138,6 @@ VQK_INLINE void answer(const Search& s, int64_t row, int64_t index, double sq_di
   else
     ((float*)s.sq_dist)[row] = (float)sq_dist;
 }
-
-// ---- search ----
 
 // what a row remembers of each slot: its best and second best maximum, and the panel of the best
 struct Slots {
@@ -236,12 +180,15 @@ size_t search_scratch(int64_t d, int64_t rows) {
 double margin_of(const Search& s, double square, double rest) {
   const double d = (double)s.codes.features;
   const double x = __builtin_sqrt(square) * kSlack, r = __builtin_sqrt(rest) * kSlack + 0x1p-52 * x;
-  const double c = s.spread.norm, residual = s.spread.residual, b = 0.5 * c * c, ch = c + residual, xh = x + r;
+  const double c = s.spread.norm, residual = s.spread.residual, b = 0.5 * c * c, ch = c + residual,
+               xh = x + r;
   const double n = (d + 2) * 0x1p-24, g = n / (1 - n), reach = x + c;
   // what float32 and float64 can hold, written so that a NaN refuses
   if (!(n < 0.5 && xh * ch + b < 0x1p126 && __builtin_ldexp(reach, -s.codes.exponent) < 0x1p511)) return kInf;
-  const double error = r * ch + x * residual + g * (xh * ch + b) + (0x1p-24 + (d + 16) * 0x1p-52) * b + 4 * (d + 2) * 0x1p-126;
-  const double literal_error = (d + 4) * 0x1p-52 * reach * reach + (d + 2) * __builtin_ldexp(0x1p-1074, 2 * s.codes.exponent);
+  const double error =
+      r * ch + x * residual + g * (xh * ch + b) + (0x1p-24 + (d + 16) * 0x1p-52) * b + 4 * (d + 2) * 0x1p-126;
+  const double literal_error =
+      (d + 4) * 0x1p-52 * reach * reach + (d + 2) * __builtin_ldexp(0x1p-1074, 2 * s.codes.exponent);
   return 2 * (error + literal_error) * kSlack;
 }
 
@@ -335,7 +282,8 @@ void settle(const Search& s, const Block& b, int64_t begin, int64_t rows) {
   }
   pairs.flush(d);
   for (int64_t r = 0; r < rows; ++r)
-    if (s.indices[begin + r] == 0 && b.margin[r] < kInf) answer(s, begin + r, b.best[r].index, b.best[r].sq_dist);
+    if (s.indices[begin + r] == 0 && b.margin[r] < kInf)
+      answer(s, begin + r, b.best[r].index, b.best[r].sq_dist);
 }
 
 void search(const Search& s, int64_t begin, int64_t end, void* scratch) {
@@ -344,7 +292,8 @@ void search(const Search& s, int64_t begin, int64_t end, void* scratch) {
   prepare(s, b, begin, rows);
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t r = 0; r < rows; r += kTile)
-      fold(b.tiles + r * d, s.codes.packed + p * d * kPanel, s.codes.bias + p * kPanel, d, (int)p, b.slots + r);
+      fold(b.tiles + r * d, s.codes.packed + p * d * kPanel, s.codes.bias + p * kPanel, d, (int)p,
+           b.slots + r);
   if (s.codes.wide)
     settle<double>(s, b, begin, rows);
   else
@@ -428,8 +377,8 @@ void rescore(const Search& s, const int64_t* rows, int64_t count, void* scratch)
 
 namespace VQK_ISA {
 extern const NearestCodeKernels nearest_code;
-const NearestCodeKernels nearest_code = {kPanel, kTile,          points, survey, pack, search_scratch,
-                                         search, rescore_scratch, rescore};
+const NearestCodeKernels nearest_code = {kPanel,         kTile,  points,          survey, pack,
+                                         search_scratch, search, rescore_scratch, rescore};
 }  // namespace VQK_ISA
 
 }  // namespace vqk

@@ -6,10 +6,11 @@
 namespace vqk {
 namespace {
 
-constexpr int kBlocks = 16;            // blocks of four words at a time
-constexpr int kNoise = 4 * kBlocks;    // values at a time; noise buffers are padded to this
+constexpr int kBlocks = 16;          // blocks of four words at a time
+constexpr int kNoise = 4 * kBlocks;  // values at a time; noise buffers are padded to this
 
-VQK_INLINE void words16(uint32_t block, uint64_t row, uint32_t stream, uint64_t seed, uint32_t (*w)[kBlocks]) {
+VQK_INLINE void words16(uint32_t block, uint64_t row, uint32_t stream, uint64_t seed,
+                        uint32_t (*w)[kBlocks]) {
   for (int l = 0; l < kBlocks; ++l) {
     const Words words = philox(block + (uint32_t)l, row, stream, seed);
     w[0][l] = words.w[0];

@@ -1,0 +1,180 @@
+// The CUDA bodies for torch's dispatcher; compiled only against a torch that has CUDA.
+#define USE_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <tuple>
+
+#include "../tensors.h"
+#include "kernels.h"
+
+namespace vqk::cuda {
+namespace {
+
+// the device of a tensor, current while this lives, and torch's stream on it
+struct Place {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit Place(const Tensor& t) : guard(t.get_device_index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+};
+
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "native: a CUDA launch must succeed; got ", cudaGetErrorString(error),
+                  ". Set CUDA_LAUNCH_BLOCKING=1 to find it.");
+}
+
+Tensor bytes_like(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// codes in ascending order, stable, and where each came from
+std::tuple<Tensor, Tensor> sorted(const Tensor& codes) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(codes), from(std::optional<bool>(true)), from(int64_t{0}),
+                                    from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+std::tuple<Tensor, Tensor> nearest_code_op(Tensor x, Tensor codebook, MaybeTensor dither, bool exact) {
+  const Place place(x);
+  NearestCode args{};
+  args.x = rows_of(x);
+  args.codebook = rows_of(codebook);
+  args.dither = dither ? rows_of(*dither, false) : no_rows();
+  check_pair(args.x, args.codebook, dither ? 2 : 1);
+  STD_TORCH_CHECK(!dither || args.dither.inner == args.codebook.inner - 1,
+                  "native: dither must be (K - 1,); got another shape. Pass one weight per segment.");
+  const ScalarType type = distance_type(args.x, args.codebook);
+  const int64_t d = args.x.features;
+  args.codes = args.codebook.inner - (dither ? 1 : 0);
+  args.exact = exact;
+  args.wide = type == ScalarType::Double;
+  Tensor indices = torch::stable::new_empty(x, {args.x.batch, args.x.inner}, ScalarType::Long);
+  Tensor sq_dist = torch::stable::new_empty(x, {args.x.batch, args.x.inner}, type);
+  if (args.x.count() == 0) return {indices, sq_dist};
+  Tensor points = torch::stable::new_empty(x, {args.codes, d}, ScalarType::Double);
+  Tensor rounded = torch::stable::new_empty(x, {args.codes, d}, ScalarType::Float);
+  Tensor bias = torch::stable::new_empty(x, {args.codes}, ScalarType::Float);
+  Tensor spread = bytes_like(x, sizeof(Spread));
+  args.indices = indices.mutable_data_ptr<int64_t>();
+  args.sq_dist = sq_dist.mutable_data_ptr();
+  args.points = points.mutable_data_ptr<double>();
+  args.rounded = rounded.mutable_data_ptr<float>();
+  args.bias = bias.mutable_data_ptr<float>();
+  args.spread = static_cast<Spread*>(spread.mutable_data_ptr());
+  check(nearest_code(args, place.stream));
+  return {indices, sq_dist};
+}
+
+Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices,
+                      const MaybeTensor& position, const Tensor& seed, int64_t direction, double noise_std,
+                      int64_t row_offset) {
+  Directional args{};
+  args.x = rows_of(x);
+  args.codebook = rows_of(codebook);
+  args.indices = rows_of(indices, false);
+  args.position = position ? rows_of(*position, false) : no_rows();
+  check_pair(args.x, args.codebook, 1);
+  check_same_rows(args.x, args.indices, "indices");
+  if (position) check_same_rows(args.x, args.position, "position");
+  args.seed = seed.const_data_ptr<int64_t>();
+  args.direction = static_cast<int>(direction);
+  args.noise_std = noise_std;
+  args.row_offset = row_offset;
+  args.wide = distance_type(args.x, args.codebook) == ScalarType::Double;
+  return args;
+}
+
+Tensor directional_op(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed,
+                      int64_t direction, double noise_std, int64_t row_offset) {
+  const Place place(x);
+  Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
+  Tensor z = torch::stable::empty_like(x);
+  args.z = rows_of(z);
+  check(directional(args, false, place.stream));
+  return z;
+}
+
+std::tuple<Tensor, Tensor> directional_backward_op(Tensor grad, Tensor x, Tensor codebook, Tensor indices,
+                                                   MaybeTensor position, Tensor seed, int64_t direction,
+                                                   double noise_std, int64_t row_offset) {
+  const Place place(x);
+  Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
+  args.grad = rows_of(grad);
+  check_same_rows(args.x, args.grad, "grad");
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_codebook = torch::stable::new_empty(codebook, codebook.sizes());
+  args.z = rows_of(grad_x);
+  const int64_t entries = args.x.count() * (position ? 2 : 1);
+  Tensor codes = torch::stable::new_empty(x, {entries}, ScalarType::Long);
+  Tensor pull = torch::stable::new_empty(x, {entries}, ScalarType::Double);
+  args.codes = codes.mutable_data_ptr<int64_t>();
+  args.pull = pull.mutable_data_ptr<double>();
+  check(directional(args, true, place.stream));
+  const auto [order, from] = sorted(codes);
+  Sums request{};
+  request.x = args.x;
+  request.codebook = args.codebook;
+  request.pull = args.pull;
+  request.sorted = order.const_data_ptr<int64_t>();
+  request.entries = from.const_data_ptr<int64_t>();
+  request.count = entries;
+  request.codes = args.codebook.inner;
+  request.out = rows_of(grad_codebook);
+  request.wide = args.wide;
+  check(sums(request, place.stream));
+  return {grad_x, grad_codebook};
+}
+
+std::tuple<Tensor, Tensor> code_sums_op(Tensor x, Tensor indices, int64_t num_codes) {
+  const Place place(x);
+  const Rows rows = rows_of(x), index = rows_of(indices, false);
+  check_same_rows(rows, index, "indices");
+  Tensor counts = torch::stable::new_empty(x, {num_codes}, ScalarType::Long);
+  Tensor totals = torch::stable::new_empty(x, {num_codes, rows.features},
+                                           rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor codes = torch::stable::new_empty(x, {rows.count()}, ScalarType::Long);
+  check(usable_codes(rows, index, num_codes, codes.mutable_data_ptr<int64_t>(), place.stream));
+  const auto [order, from] = sorted(codes);
+  Sums request{};
+  request.x = rows;
+  request.codebook = no_rows();
+  request.sorted = order.const_data_ptr<int64_t>();
+  request.entries = from.const_data_ptr<int64_t>();
+  request.count = rows.count();
+  request.codes = num_codes;
+  request.out = rows_of(totals);
+  request.counts = counts.mutable_data_ptr<int64_t>();
+  request.wide = rows.type == Type::f64;
+  check(sums(request, place.stream));
+  return {counts, totals};
+}
+
+std::tuple<Tensor, Tensor> philox_op(Tensor seed, int64_t rows, int64_t blocks, int64_t stream,
+                                     int64_t row_offset) {
+  const Place place(seed);
+  Tensor words = torch::stable::new_empty(seed, {rows, blocks, 4}, ScalarType::Long);
+  Tensor normals = torch::stable::new_empty(seed, {rows, blocks, 4}, ScalarType::Float);
+  check(philox(seed.const_data_ptr<int64_t>(), rows, blocks, static_cast<uint32_t>(stream), row_offset,
+               words.mutable_data_ptr<int64_t>(), normals.mutable_data_ptr<float>(), place.stream));
+  return {words, normals};
+}
+
+}  // namespace
+}  // namespace vqk::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) {
+  m.impl("nearest_code", TORCH_BOX(&vqk::cuda::nearest_code_op));
+  m.impl("directional", TORCH_BOX(&vqk::cuda::directional_op));
+  m.impl("directional_backward", TORCH_BOX(&vqk::cuda::directional_backward_op));
+  m.impl("code_sums", TORCH_BOX(&vqk::cuda::code_sums_op));
+  m.impl("philox", TORCH_BOX(&vqk::cuda::philox_op));
+}
