@@ -58,14 +58,14 @@ $(VENV)/native: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/demo: $(VENV)/native
+$(VENV)/demo: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train]"
 	touch $@
 
-$(VENV)/test: $(VENV)/native
+$(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train,dev]"
 	touch $@
 
-$(VENV)/bench: $(VENV)/native
+$(VENV)/bench: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[bench]"
 	touch $@

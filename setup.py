@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vqkernels/__init__.py").read_text())[1]
+REASON = ROOT / "vqkernels/native_missing.txt"
 MODE = os.environ.get("VQKERNELS_BUILD", "auto")
 
 
@@ -65,11 +66,13 @@ def cmake_arguments() -> list[str]:
     ]
 
 
-def skip(reason: object) -> None:
-    """Say why the package stays pure, or stop where the extension was asked for."""
-    if MODE != "auto":
+def skip(reason: str) -> None:
+    """Say why the package stays pure, now and when it runs, or stop where the extension was asked for."""
+    if MODE in ("cpu", "cuda"):
         sys.exit(f"vqkernels: the compiled extension cannot be built: {reason}.")
     print(f"vqkernels: the compiled extension is skipped: {reason}.", file=sys.stderr)
+    # pip shows no output of a build that succeeds, so the package itself remembers
+    REASON.write_text(reason + "\n")
 
 
 class CMakeBuild(build_ext):
@@ -88,15 +91,19 @@ class CMakeBuild(build_ext):
             )
             subprocess.run([cmake, "--build", build], check=True)
         except subprocess.CalledProcessError as error:
-            return skip(f"{' '.join(map(str, error.cmd[:2]))} failed, see above")
+            skip(f"{' '.join(map(str, error.cmd[:2]))} failed (pip install -v shows how)")
+            if not self.inplace:
+                shutil.copy2(REASON, Path(self.build_lib) / "vqkernels")
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
 
 
 if MODE not in ("auto", "off", "cpu", "cuda"):
     sys.exit(f"VQKERNELS_BUILD must be auto, off, cpu or cuda; got {MODE!r}. Unset it for auto.")
+REASON.unlink(missing_ok=True)
 reason = "VQKERNELS_BUILD=off" if MODE == "off" else why_not()
-if reason and MODE != "off":
+if reason:
     skip(reason)
 native = [] if reason else [Extension("vqkernels._C", sources=[], optional=MODE == "auto")]
 setup(version=VERSION, ext_modules=native, cmdclass={"build_ext": CMakeBuild})

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,14 @@ SOURCES = (
     "csrc",
     "vqkernels",
 )
-NVCC = shutil.which("nvcc")
+
+
+def tool(name):
+    """A program of this environment, activated or not, or of the machine."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+NVCC = tool("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 needs_cxx = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is on PATH")
 NORMAL_ERROR = 2.0**-18
@@ -101,6 +110,19 @@ def test_auto_without_a_compiler_is_pure_and_says_why(checkout):
     assert compiled(names) == []
     reason = "no C++ compiler was found (tried /nonexistent/c++)"
     assert f"vqkernels: the compiled extension is skipped: {reason}." in text
+    # pip hides that line, so the installed package says it again, and works
+    target = checkout.parent / "installed"
+    zipfile.ZipFile(path).extractall(target)
+    for code, words in (
+        ("import vqkernels.native as n; print(n.MISSING)", f"the extension was not built: {reason}"),
+        (
+            "import torch, vqkernels as v; print(v.nearest_code(torch.ones(2, 3), torch.ones(4, 3)))",
+            "indices=tensor([0, 0])",
+        ),
+    ):
+        assert words in run(sys.executable, "-c", code, cwd=checkout.parent, PYTHONPATH=str(target))
+    text = run(sys.executable, "-m", "vqkernels", "info", cwd=checkout.parent, PYTHONPATH=str(target))
+    assert f"extension: missing, the extension was not built: {reason}" in text
 
 
 def test_auto_without_anything_on_path_is_pure(checkout):
@@ -165,12 +187,13 @@ def test_editable_build_lies_beside_the_sources(checkout):
 @needs_nvcc
 @needs_cxx
 def test_cuda_compiles_for_every_arch(tmp_path):
-    cmake = shutil.which("cmake")
-    if cmake is None or shutil.which("ninja") is None:
-        pytest.skip("cmake and ninja are not on PATH")
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if cmake is None or ninja is None:
+        pytest.skip("cmake and ninja are not installed")
     pybind11 = pytest.importorskip("pybind11")
     arguments = (
         "-DVQKERNELS_CUDA=ON",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     )
@@ -188,7 +211,10 @@ def test_cuda_compiles_for_every_arch(tmp_path):
     run(cmake, "--build", tmp_path, "--target", "bodies_cuda")
     objects = sorted(tmp_path.rglob("*.cu.o"))
     assert len(objects) == len(list((ROOT / "csrc/cuda").glob("*.cu")))
-    dump = shutil.which("cuobjdump")
+    # the wheel of triton brings one along
+    triton = find_spec("triton")
+    beside = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else Path()
+    dump = beside if beside.is_file() else tool("cuobjdump")
     if dump is not None:
         for path in objects:
             listing = run(dump, "--list-elf", path)

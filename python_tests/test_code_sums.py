@@ -38,6 +38,13 @@ def test_layouts(layout, backend, need):
     check(view, torch.randint(0, 7, view.shape[:-1], device=DEVICE), 7, backend, flat=x)
 
 
+def test_atomics(backend, need):
+    """Without torch's deterministic mode a backend may add in any order."""
+    need("code_sums", torch.float32)
+    torch.use_deterministic_algorithms(False)
+    check(torch.randn(300, 9, device=DEVICE), torch.randint(0, 7, (300,), device=DEVICE), 7, backend)
+
+
 def test_collapsed(backend, need):
     """All rows in one code: the sum keeps its digits."""
     need("code_sums", torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -10,15 +11,24 @@ import torch
 MISSING: str | None = None
 _C: ModuleType | None = None
 
+
+def _why_not_built() -> str:
+    # left by setup.py, which knows
+    reason = Path(__file__).with_name("native_missing.txt")
+    why = (
+        reason.read_text().strip()
+        if reason.exists()
+        else "nothing was compiled here (pip install --no-build-isolation .)"
+    )
+    return f"the extension was not built: {why}"
+
+
 try:
     _C = importlib.import_module("vqkernels._C")
+except ModuleNotFoundError:
+    MISSING = _why_not_built()
 except ImportError as error:
-    # a missing file is the pure install; anything else is a library that exists and cannot be loaded
-    MISSING = (
-        "the extension was not built (reinstall with a C++ compiler: pip install --no-build-isolation .)"
-        if isinstance(error, ModuleNotFoundError)
-        else f"the extension could not be loaded ({error})"
-    )
+    MISSING = f"the extension could not be loaded: {error}"
 
 # read once: torch.compile cannot trace a call into pybind11
 FACTS: dict = dict(_C.facts()) if _C is not None else {}
