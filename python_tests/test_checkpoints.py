@@ -1,4 +1,4 @@
-"""Checkpoints and configurations: round trips, whole files only, and one sentence for each that is refused."""
+"""Checkpoints and configurations: round trips, whole files only, one sentence for each refusal."""
 
 import dataclasses
 import json

@@ -86,7 +86,7 @@ def test_images_that_do_not_fit(shape, said):
 
 
 def test_sizes_below_one_are_refused():
-    with pytest.raises(ValueError, match="VQVAE: width must be at least 1; got 0. "):
+    with pytest.raises(ValueError, match=r"VQVAE: width must be at least 1; got 0. "):
         make(width=0)
-    with pytest.raises(ValueError, match="VQVAE: downsamplings must be at least 0; got -1. "):
+    with pytest.raises(ValueError, match=r"VQVAE: downsamplings must be at least 0; got -1. "):
         make(downsamplings=-1)

@@ -148,7 +148,7 @@ def _lines_of_a_writer(path):
 def test_an_earlier_run_is_not_overwritten(make):
     config = make(quantizer="ste", steps=2)
     train(config)
-    with pytest.raises(RunError, match="out must hold no earlier run; got .* at step 2. Pass --resume"):
+    with pytest.raises(RunError, match=r"out must hold no earlier run; got .* at step 2. Pass --resume"):
         train(config)
     with pytest.raises(RunError, match=r"same configuration; got .*lr \(0.00055, 0.1\)"):
         train(make(quantizer="ste", steps=2, lr=0.1), resume=True)
@@ -157,7 +157,7 @@ def test_an_earlier_run_is_not_overwritten(make):
 
 def test_refusals_come_before_training(make, tmp_path, folder):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="train: out must be a folder that can be written; got .*file"):
+    with pytest.raises(RunError, match=r"train: out must be a folder that can be written; got .*file"):
         train(make("file/run"))
     with pytest.raises(RunError, match="data must be photos or a folder"):
         train(make(data=str(folder / "nowhere")))
@@ -168,7 +168,7 @@ def test_refusals_come_before_training(make, tmp_path, folder):
 
 def test_a_loss_that_is_not_finite_ends_the_run(make):
     config = make(quantizer="ste", lr=1e30, steps=40, checkpoint_every=1)
-    with pytest.raises(RunError, match="train: loss must stay finite; got (nan|inf) at step"):
+    with pytest.raises(RunError, match=r"train: loss must stay finite; got (nan|inf) at step"):
         train(config)
     weights = load_checkpoint(config.checkpoint_path())
     assert math.isfinite(float(weights.window["sums"].sum()))

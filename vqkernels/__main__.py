@@ -92,7 +92,7 @@ def demo(out: Path = Path("runs/demo"), steps: int = 1200, seed: int = 0, fresh:
     if signal is not None:
         return _stopped(signal, f"the checkpoints are in {out}; the same command goes on")
     print(format_table([(run.label, found, run.share) for run in runs for found in run.evaluations]))
-    print("On whole held-out photographs; PSNR and SSIM are means over images, usage is of the codes or segments.")
+    print("On whole held-out photographs: PSNR and SSIM are means over images.")
     print(f"pictures, log and checkpoints: {out}")
     return 0
 

@@ -165,7 +165,8 @@ class LatentMeans(Upkeep):
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         if self.ready:
             return
-        rows = x.reshape(-1, x.shape[-1]).to(self.recent.dtype)
+        # every rank keeps the latents of all, so that one can save and each can start the codes
+        rows = all_rows(x.reshape(-1, x.shape[-1]).to(self.recent.dtype))
         room = len(self.recent) - 1
         good = rows.isfinite().all(1)
         rank, total = good.cumsum(0) - 1, good.sum()
@@ -179,8 +180,7 @@ class LatentMeans(Upkeep):
             return None
         # the one host sync of a training, between two steps
         seen, room = int(self.seen), len(self.recent) - 1
-        ring = self.recent[:-1].roll(-(seen % room), 0) if seen > room else self.recent[:seen]
-        latents = all_rows(ring)
+        latents = self.recent[:-1].roll(-(seen % room), 0) if seen > room else self.recent[:seen]
         k, d = codebook.weight.shape
         if len(latents) < k:
             fix = "Warm up for more steps or with larger batches"
