@@ -367,34 +367,6 @@ def test_the_command_line_says_what_is_wrong_in_one_line(make, capsys, tmp_path)
     assert "crop must be a" in capsys.readouterr().err
 
 
-def test_info_names_every_op_and_backend(capsys):
-    assert main(["info"]) == 0
-    printed = capsys.readouterr().out
-    for word in (
-        "vqkernels",
-        "torch",
-        "threads",
-        "nearest_code",
-        "directional_backward",
-        "reference",
-        "ready",
-    ):
-        assert word in printed
-
-
-def test_info_works_and_the_rest_says_what_to_install(monkeypatch, capsys):
-    import vqkernels.__main__ as module
-
-    find = module.importlib.util.find_spec
-    monkeypatch.setattr(
-        module.importlib.util, "find_spec", lambda name: None if name == "tyro" else find(name)
-    )
-    assert main(["info"]) == 0
-    assert "tyro not installed" in capsys.readouterr().out
-    assert main(["train"]) == 2
-    assert 'tyro not installed; run pip install "vqkernels[train]"' in capsys.readouterr().err
-
-
 def test_photographs_train_for_a_few_steps(tmp_path):
     config = TrainConfig(**{**SMALL, "out": str(tmp_path), "steps": 3, "evaluate_every": 100, "crop": 32})
     assert train(config).step == 3

@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import KwargsHandler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -106,7 +107,7 @@ class _Run:
         self.config, self.images, self.step = config, images, 0
         try:
             # a broadcast of rank 0's buffers would overwrite what other ranks have counted and not yet committed
-            handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+            handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
             self.accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers)
         except ValueError as error:
             got = f"{config.precision!r} ({str(error).rstrip('.')})"
