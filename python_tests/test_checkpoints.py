@@ -195,7 +195,7 @@ def test_the_learning_rate_halves_twice():
 
 
 def test_what_the_papers_give_each_quantizer():
-    assert TrainConfig(quantizer="sf_diveq", steps=100).warmup_steps == 20
+    assert TrainConfig(quantizer="sf_diveq", steps=100).warmup_steps == 10
     assert not TrainConfig(quantizer="sf_diveq").replaces
     assert TrainConfig(quantizer="diveq").replaces and TrainConfig(quantizer="diveq").warmup_steps == 0
     assert not TrainConfig(quantizer="ste").replaces and not TrainConfig(quantizer="ste").warms_up

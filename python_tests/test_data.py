@@ -45,7 +45,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path):
 
 
 def test_a_batch_holds_crops_of_training_pictures(tmp_path):
-    images = load_images(config(write_images(tmp_path / "images"), batch_size=40))
+    images = load_images(config(write_images(tmp_path / "images"), batch_size=40, augment=False))
     batch = images.batch(0)
     assert batch.shape == (40, 3, 16, 16) and batch.dtype == torch.float32
     assert batch.min() >= -1 and batch.max() <= 1
@@ -66,11 +66,34 @@ def test_processes_share_a_batch_out(tmp_path):
 
 
 def test_every_position_of_a_crop_is_possible(tmp_path):
-    images = load_images(config(write_images(tmp_path / "images", count=2, size=(17, 16)), batch_size=64))
+    folder = write_images(tmp_path / "images", count=2, size=(17, 16))
+    images = load_images(config(folder, batch_size=64, augment=False))
     pixels = torch.from_numpy(images.training[0].read().astype(np.float32)).permute(2, 0, 1).div(127.5).sub(1)
     crops = images.batch(0)
     assert {int((crop != pixels[:, :16]).any()) for crop in crops} == {0, 1}
     assert all(torch.equal(crop, pixels[:, :16]) or torch.equal(crop, pixels[:, 1:]) for crop in crops)
+
+
+def test_augmented_crops_are_mirrored_and_exposed_anew(tmp_path):
+    """Half of them mirrored; gain in 0.7..1.2 and offset within 0.15, one of each for a whole crop."""
+    folder = write_images(tmp_path / "images", count=2, size=(16, 16))
+    plain = load_images(config(folder, batch_size=200, augment=False)).batch(5)
+    changed = load_images(config(folder, batch_size=200)).batch(5)
+    mirrored = 0
+    for crop, new in zip(plain, changed, strict=True):
+        fits = []
+        for candidate in (crop, crop.flip(2)):
+            # where nothing was clamped, light is one linear function of light
+            inside = (new.abs() < 1).flatten()
+            light = torch.stack([candidate.flatten() + 1, torch.ones(candidate.numel())], 1)[inside]
+            found = torch.linalg.lstsq(light, new.flatten()[inside, None] + 1).solution
+            error = (light @ found - new.flatten()[inside, None] - 1).abs().max()
+            fits.append((float(error), found.flatten().tolist()))
+        error, (gain, offset) = min(fits)
+        assert error < 1e-5 and 0.7 <= gain <= 1.2 and abs(offset) <= 0.15 + 1e-6
+        mirrored += fits[1][0] < fits[0][0]
+    assert 70 <= mirrored <= 130
+    assert changed.min() >= -1 and changed.max() <= 1
 
 
 def test_photographs_are_split_by_scene():

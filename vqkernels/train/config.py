@@ -41,7 +41,7 @@ class TrainConfig:
     upkeep: Upkeep = "paper"
     """Keeping codes alive. paper: warm-up for sf_*, replacement for diveq*, nsvq; none for ste, ema."""
 
-    warmup: float = 0.2
+    warmup: float = 0.1
     """Fraction of the steps without quantization; the codes then start as means of recent latents."""
 
     width: int = 64
@@ -58,6 +58,9 @@ class TrainConfig:
 
     crop: int = 32
     """Height and width of a training crop, in pixels."""
+
+    augment: bool = True
+    """Mirror half of the crops, and change the exposure of all a little."""
 
     batch_size: int = 64
     """Crops in a step, over all processes together."""

@@ -35,6 +35,11 @@ KEEP_BYTES = 1 << 30
 MIN_HELD_OUT_SIDE = 11
 
 
+# exposure of a training crop: light is multiplied and added, in units where black is -1 and white is 1
+GAIN = (0.7, 1.2)
+OFFSET = 0.15
+
+
 class HeldOut(NamedTuple):
     """One whole held-out image.
 
@@ -92,6 +97,7 @@ class ImageSet:
         batch_size: int,
         factor: int,
         seed: int,
+        augment: bool = False,
     ) -> None:
         """Check that every picture is large enough.
 
@@ -102,6 +108,7 @@ class ImageSet:
             batch_size: crops in a batch.
             factor: held-out pictures are cut at the right and bottom to a multiple of it.
             seed: of the crops.
+            augment: mirror half of the crops and change the exposure of all.
 
         Raises:
             RunError: if a part is empty, or a picture is smaller than the crop or too small to measure on.
@@ -127,6 +134,7 @@ class ImageSet:
         self.training = tuple(training)
         self.held_out = tuple(held_out)
         self._crop, self._batch_size, self._factor, self._seed = crop, batch_size, factor, seed
+        self._augment = augment
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Tensor:
         """Return the crops of one step, uniform over pictures and positions.
@@ -151,7 +159,16 @@ class ImageSet:
                 for u, size in zip(where[rank * share + row], (picture.height, picture.width), strict=True)
             )
             crops[row] = picture.read()[top : top + self._crop, left : left + self._crop]
-        return _to_float(crops).permute(0, 3, 1, 2)
+        batch = _to_float(crops)
+        if self._augment:
+            own = slice(rank * share, (rank + 1) * share)
+            mirrored = rng.random(self._batch_size)[own] < 0.5
+            gain = rng.uniform(*GAIN, self._batch_size)[own].astype(np.float32)
+            offset = rng.uniform(-OFFSET, OFFSET, self._batch_size)[own].astype(np.float32)
+            batch[mirrored] = batch[mirrored].flip(2)
+            gain, offset = (torch.from_numpy(value)[:, None, None, None] for value in (gain, offset))
+            batch = ((batch + 1) * gain - 1 + offset).clamp(-1, 1)
+        return batch.permute(0, 3, 1, 2)
 
     def validation(self, limit: int | None = None) -> Iterator[HeldOut]:
         """Yield the held-out images, whole but for a margin below the down-sampling factor.
@@ -205,6 +222,7 @@ def load_images(config: TrainConfig) -> ImageSet:
         batch_size=config.batch_size,
         factor=config.factor,
         seed=config.seed,
+        augment=config.augment,
     )
     if sum(3 * p.height * p.width for p in (*training, *held_out)) <= KEEP_BYTES:
         images.training = tuple(replace(p, pixels=p.read()) for p in images.training)

@@ -42,7 +42,7 @@ class DemoRun:
 def run_demo(
     out: Path,
     *,
-    steps: int = 1200,
+    steps: int = 2400,
     seed: int = 0,
     fresh: bool = False,
     progress: bool = False,
