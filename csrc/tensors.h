@@ -47,6 +47,11 @@ inline Rows rows_of(const Tensor& t, bool features = true) {
   return rows;
 }
 
+inline void check_indices(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long,
+                  "native: indices must be int64; got another dtype. Call .long().");
+}
+
 inline Rows no_rows() { return Rows{nullptr, Type::f32, 1, 0, 1, 0, 0, 1}; }
 
 inline void check_same_rows(const Rows& x, const Rows& other, const char* name) {

@@ -122,11 +122,11 @@ def test_dynamic_sizes():
     torch._dynamo.reset()
 
     def run(x, codes):
-        return vq.sf_diveq(x, codes, seed=3).z
+        return vq.sf_diveq(x.movedim(1, -1), codes, seed=3).z
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, m in ((4, 5), (7, 9), (12, 3)):
-        x = torch.randn(n, 8, m, device=DEVICE, requires_grad=True).movedim(1, -1)
+        x = torch.randn(n, 8, m, device=DEVICE, requires_grad=True)
         codes = torch.randn(50, 8, device=DEVICE, requires_grad=True)
         assert torch.equal(compiled(x, codes), run(x, codes))
 

@@ -9,6 +9,7 @@ import torch
 import vqkernels as vq
 from vqkernels import BackendError
 from vqkernels.nn import (
+    STE,
     DiVeQ,
     EMACodebook,
     ImportanceReplacement,
@@ -21,6 +22,7 @@ from vqkernels.nn import (
 from vqkernels.nn.codebooks import Codebook
 
 X, C = torch.randn(6, 4), torch.randn(5, 4)
+SHARED = LatentMeans(2)
 INDEX = torch.zeros(6, dtype=torch.int64)
 SEED32 = torch.tensor(1, dtype=torch.int32)
 
@@ -154,6 +156,77 @@ CASES = {
         ValueError,
         r"direction must be one of 'noisy', 'detach', 'random'; got 'up'",
     ),
+    "huge row_offset": (lambda: vq.diveq(X, C, row_offset=2**63), ValueError, r"row_offset must be at most"),
+    "huge num_codes": (
+        lambda: vq.code_sums(X, INDEX, 2**62),
+        ValueError,
+        r"num_codes must be at most 2147483648",
+    ),
+    "rows without features": (
+        lambda: vq.code_sums(X[:, :0], INDEX, 3),
+        ValueError,
+        r"code_sums: x must have at least one",
+    ),
+    "a single number": (
+        lambda: vq.code_sums(X[0, 0], INDEX[0], 3),
+        ValueError,
+        r"x must be \(\.\.\., D\); got a 0-d tensor",
+    ),
+    "exact of another type": (
+        lambda: vq.nearest_code(X, C, exact="no"),
+        TypeError,
+        r"exact must be True or False; got 'no'",
+    ),
+    "a backend without a name": (
+        lambda: vq.nearest_code(X, C, backend=""),
+        BackendError,
+        r"backend must be one of .*; got ''",
+    ),
+    "codes of integers": (
+        lambda: Codebook(4, 4, dtype=torch.int64),
+        TypeError,
+        r"dtype must be a floating-point dtype; got torch\.int64",
+    ),
+    "channel_dim of another type": (
+        lambda: VectorQuantizer(Codebook(4, 4), DiVeQ(), channel_dim="a"),
+        TypeError,
+        r"channel_dim must be an int; got 'a'",
+    ),
+    "a weight of another type": (
+        lambda: STE(codebook_weight=None),
+        TypeError,
+        r"codebook_weight must be a number.*got NoneType",
+    ),
+    "a threshold above 1": (
+        lambda: ImportanceReplacement(TwoPhase(10), threshold=1.5),
+        ValueError,
+        r"threshold must be in \[0, 1\]; got 1\.5",
+    ),
+    "more bits than a position has": (
+        lambda: SFDiVeQ(bits=25),
+        ValueError,
+        r"bits must be at most 24; got 25",
+    ),
+    "evaluation set to nonsense": (
+        lambda: setattr(SFDiVeQ(), "evaluation", "codewrd"),
+        ValueError,
+        r"evaluation must be one of .*; got 'codewrd'",
+    ),
+    "indices of floats to decode": (
+        lambda: build("ste", dim=4, num_codes=8).decode(X),
+        TypeError,
+        r"decode: indices must be int64; got torch\.float32",
+    ),
+    "indices of another Q": (
+        lambda: build("ste", dim=4, num_codes=8).decode(INDEX[:, None].expand(6, 2)),
+        ValueError,
+        r"indices must be \(\.\.\., 1\); got \(6, 2\)",
+    ),
+    "upkeep of two quantizers": (
+        lambda: [build("diveq", dim=4, num_codes=8, upkeep=[SHARED]) for _ in range(2)],
+        ValueError,
+        r"upkeep must belong to one quantizer; got one in use",
+    ),
     "num_codes 0": (
         lambda: vq.code_sums(X, INDEX, 0),
         ValueError,
@@ -213,7 +286,7 @@ CASES = {
     "negative threshold": (
         lambda: ImportanceReplacement(TwoPhase(10), threshold=-1),
         ValueError,
-        r"threshold must be finite and not negative; got -1",
+        r"threshold must be in \[0, 1\]; got -1",
     ),
     "a schedule without period": (
         lambda: TwoPhase(100, first=0),

@@ -51,12 +51,19 @@ def check_codebook(op: str, codebook: Tensor, *, min_codes: int = 1) -> None:
         )
 
 
-def check_pair(op: str, x: Tensor, codebook: Tensor, *, min_codes: int = 1) -> None:
-    """Latents `(..., D)` and a codebook `(K, D)` on one device."""
+def check_rows(op: str, x: Tensor) -> None:
+    """Latents `(..., D)` with at least one feature."""
     check_floating(op, "x", x)
-    check_codebook(op, codebook, min_codes=min_codes)
     if x.dim() < 1:
         refuse(ValueError, op, "x", "be (..., D)", "a 0-d tensor", "Call x.unsqueeze(0)")
+    if x.shape[-1] < 1:
+        refuse(ValueError, op, "x", "have at least one feature", 0, "Pass x with one or more columns")
+
+
+def check_pair(op: str, x: Tensor, codebook: Tensor, *, min_codes: int = 1) -> None:
+    """Latents `(..., D)` and a codebook `(K, D)` on one device."""
+    check_codebook(op, codebook, min_codes=min_codes)
+    check_rows(op, x)
     if x.shape[-1] != codebook.shape[1]:
         d, shape = x.shape[-1], tuple(codebook.shape)
         fix = (
@@ -113,7 +120,7 @@ def check_noise_std(op: str, noise_std: object) -> float:
         fix = "Pass a Python float"
         refuse(TypeError, op, "noise_std", "be a number", type(noise_std).__name__, fix)
     # a comparison traces where math.isfinite does not; nan fails it too
-    if not 0 <= noise_std < math.inf:
+    if not 0 <= noise_std <= 3e38:
         fix = "Pass a standard deviation in units of x, or 0 for none"
         refuse(ValueError, op, "noise_std", "be finite and not negative", noise_std, fix)
     return float(noise_std)
@@ -138,12 +145,34 @@ def check_seed(op: str, seed: Tensor | int | None, device: torch.device) -> Tens
     return seed
 
 
-def check_count(op: str, name: str, value: int, *, minimum: int = 0) -> int:
-    """An integer of at least `minimum`."""
+def check_number(
+    op: str, name: str, value: float, *, below: float = math.inf, up_to: float | None = None
+) -> float:
+    """A number in [0, below), or in [0, up_to]."""
+    top = "not negative and finite" if below == math.inf else f"in [0, {below})"
+    top = top if up_to is None else f"in [0, {up_to}]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(TypeError, op, name, f"be a number, {top}", type(value).__name__, "Pass a Python float")
+    if not (0 <= value < below if up_to is None else 0 <= value <= up_to):
+        refuse(ValueError, op, name, f"be {top}", value, "Pass a number in that range")
+    return float(value)
+
+
+def check_flag(op: str, name: str, value: bool) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        refuse(TypeError, op, name, "be True or False", repr(value), "Pass one of the two")
+    return value
+
+
+def check_count(op: str, name: str, value: int, *, minimum: int = 0, maximum: int = 2**62) -> int:
+    """An integer of at least `minimum` and at most `maximum`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         refuse(TypeError, op, name, "be an int", type(value).__name__, f"Pass int({name})")
     if value < minimum:
         refuse(ValueError, op, name, f"be at least {minimum}", value, f"Pass {minimum} or more")
+    if value > maximum:
+        refuse(ValueError, op, name, f"be at most {maximum}", value, "Pass a smaller number")
     return value
 
 

@@ -94,7 +94,7 @@ class Op:
     def select(self, *args, backend: str | None = None) -> Backend:
         """The backend that will run `args`; reads devices and dtypes only."""
         device, dtypes = _traits(args)
-        wanted = backend or _forced
+        wanted = _forced if backend is None else backend
         for name in _ORDER.get(device.type, ("reference",)) if wanted is None else (wanted,):
             candidate = self.backends.get(name)
             if candidate is not None and candidate.why_not(device, dtypes) is None:

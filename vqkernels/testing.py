@@ -5,6 +5,8 @@ The oracles are written from the papers and from the contract, independently of 
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from typing import NamedTuple
 
@@ -47,6 +49,40 @@ def brute_force(x: Tensor, codes: Tensor, *, pairs: int = 1 << 20) -> tuple[Tens
         indices.append(torch.where(lost, 0, index))
         least.append(torch.where(lost, torch.nan, best))
     return torch.cat(indices), torch.cat(least)
+
+
+def brute_force_segment(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The contract of `nearest_segment`, to the letter, one row and one segment at a time in Python floats.
+
+    Args:
+        x: (N, D). codes: (K, D).
+
+    Returns:
+        segments (N,) int64, positions and squared distances (N,) float64; 0, 0 and nan for a row that has none.
+    """
+    results = []
+    for row in x.double().tolist():
+        best = (0, 0.0, float("nan"))
+        for s, (a, b) in enumerate(itertools.pairwise(codes.double().tolist())):
+            if not all(map(math.isfinite, row + a + b)):
+                continue
+            along = length = total = 0.0
+            for v, first, second in zip(row, a, b, strict=True):
+                along += (v - first) * (second - first)
+                length += (second - first) * (second - first)
+            t = min(max(along / length, 0.0), 1.0) if length > 0 else 0.0
+            for v, first, second in zip(row, a, b, strict=True):
+                difference = v - (second if t == 1 else first + t * (second - first))
+                total += difference * difference
+            if not total >= best[2]:
+                best = (s, t, total)
+        results.append(best)
+    segments, position, sq_dist = zip(*results, strict=True)
+    return (
+        torch.tensor(segments, device=x.device),
+        torch.tensor(position, dtype=torch.float64, device=x.device),
+        torch.tensor(sq_dist, dtype=torch.float64, device=x.device),
+    )
 
 
 class Family(NamedTuple):

@@ -6,6 +6,7 @@ namespace vqk::cpu {
 
 std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes) {
   const CodeSumsKernels& body = *kernels().code_sums;
+  check_indices(indices);
   const Rows rows = rows_of(x), index = rows_of(indices, false);
   check_same_rows(rows, index, "indices");
   const int64_t d = rows.features, count = rows.count();

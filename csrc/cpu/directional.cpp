@@ -14,6 +14,7 @@ Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& ind
   Directional args{};
   args.x = rows_of(x);
   args.codebook = rows_of(codebook);
+  check_indices(indices);
   args.indices = rows_of(indices, false);
   args.position = position ? rows_of(*position, false) : no_rows();
   check_pair(args.x, args.codebook, 1);

@@ -80,6 +80,7 @@ Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& ind
   Directional args{};
   args.x = rows_of(x);
   args.codebook = rows_of(codebook);
+  check_indices(indices);
   args.indices = rows_of(indices, false);
   args.position = position ? rows_of(*position, false) : no_rows();
   check_pair(args.x, args.codebook, 1);
@@ -136,6 +137,7 @@ std::tuple<Tensor, Tensor> directional_backward_op(Tensor grad, Tensor x, Tensor
 
 std::tuple<Tensor, Tensor> code_sums_op(Tensor x, Tensor indices, int64_t num_codes) {
   const Place place(x);
+  check_indices(indices);
   const Rows rows = rows_of(x), index = rows_of(indices, false);
   check_same_rows(rows, index, "indices");
   Tensor counts = torch::stable::new_empty(x, {num_codes}, ScalarType::Long);

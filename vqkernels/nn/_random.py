@@ -20,6 +20,18 @@ def draw_seed(device: torch.device) -> Tensor:
     return seed
 
 
+def check_rows(rows: int, device: torch.device) -> None:
+    """Every rank must hold equally many rows; the device itself complains, the host does not wait for it."""
+    if distributed():
+        most = torch.tensor([rows, -rows], device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        words = (
+            f"x must have as many rows on every rank; got {rows} on rank {dist.get_rank()}, others elsewhere"
+        )
+        message = f"VectorQuantizer: {words}. Drop the last, smaller batch."
+        torch.ops.aten._assert_async.msg(most[0] == -most[1], message)
+
+
 def first_row(rows: int) -> int:
     """Number of rows on lower ranks, where every rank holds as many rows as this one."""
     return dist.get_rank() * rows if distributed() else 0
@@ -36,6 +48,7 @@ def all_rows(tensor: Tensor) -> Tensor:
     """The rows of every rank, in rank order; as many on each."""
     if not distributed():
         return tensor
+    check_rows(len(tensor), tensor.device)
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)

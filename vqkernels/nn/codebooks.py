@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from vqkernels.checks import check_choice, check_count, refuse
+from vqkernels.checks import FLOATS, check_choice, check_count, check_number, refuse
 from vqkernels.nn._random import all_sum
 from vqkernels.ops import code_sums
 
@@ -40,6 +42,8 @@ class Codebook(nn.Module):
         check_count(name, "num_codes", num_codes, minimum=1)
         check_count(name, "dim", dim, minimum=1)
         check_choice(name, "init", init, ("uniform", "normal"))
+        if dtype not in FLOATS:
+            refuse(TypeError, name, "dtype", "be a floating-point dtype", dtype, "Pass torch.float32")
         weight = torch.empty(num_codes, dim, dtype=dtype, device=device)
         if init == "uniform":
             nn.init.uniform_(weight, -1 / num_codes, 1 / num_codes)
@@ -112,29 +116,39 @@ class EMACodebook(Codebook):
         device: torch.device | str | None = None,
     ):
         super().__init__(num_codes, dim, init=init, dtype=dtype, device=device)
-        if not 0 <= decay < 1:
-            refuse(ValueError, type(self).__name__, "decay", "be in [0, 1)", decay, "Pass 0.99 if unsure")
-        self.decay = decay
+        self.decay = check_number(type(self).__name__, "decay", decay, below=1)
 
     def _keep(self, weight: Tensor) -> None:
         self.register_buffer("weight", weight)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.register_buffer("mass", torch.ones_like(weight[:, 0], dtype=wide))
+        self.register_buffer("mass", torch.ones_like(weight[:, 0], dtype=_wide(weight)))
         self.register_buffer("counts", torch.zeros_like(weight[:, 0], dtype=torch.int64))
-        self.register_buffer("sums", torch.zeros_like(weight, dtype=wide))
+        self.register_buffer("sums", torch.zeros_like(weight, dtype=_wide(weight)))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> EMACodebook:
+        mass, sums = self.mass, self.sums
+        super()._apply(fn, recurse)
+        # statistics move with the codes but are never narrowed to half precision
+        if not (mass.is_meta or self.weight.is_meta):
+            self.mass, self.sums = (t.to(self.weight.device, _wide(self.weight)) for t in (mass, sums))
+        return self
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor) -> None:
         counts, sums = code_sums(x, indices, self.num_codes)
-        self.counts += counts
-        self.sums += sums
+        # summed over ranks at once: whatever copies a rank's buffers then copies the truth
+        self.counts += all_sum(counts)
+        self.sums += all_sum(sums)
 
     @torch.no_grad()
     def commit(self) -> None:
-        n, total = all_sum(self.counts)[:, None], all_sum(self.sums)
-        self.mass.mul_(self.decay).add_(n[:, 0], alpha=1 - self.decay)
-        step = (1 - self.decay) * (total - n * self.weight) / self.mass[:, None]
+        n, codes = self.counts[:, None], self.weight.to(self.sums.dtype)
+        self.mass.mul_(self.decay).add_(self.counts, alpha=1 - self.decay)
+        step = (1 - self.decay) * (self.sums - n * codes) / self.mass[:, None]
         # a code with no rows keeps its value even when it is not finite
-        self.assign(torch.where(n > 0, self.weight + step, self.weight))
+        self.assign(torch.where(n > 0, codes + step, codes))
         self.counts.zero_()
         self.sums.zero_()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

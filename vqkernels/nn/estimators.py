@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
+from vqkernels.checks import check_choice, check_count, check_noise_std, check_number, refuse
 from vqkernels.ops import directional, diveq, nearest_code, nearest_segment, sf_diveq
 from vqkernels.ops.directional import NOISE_STD
 from vqkernels.ops.diveq import dithered_segment
@@ -36,7 +36,10 @@ class Estimator(nn.Module):
     `bits_per_latent`.
     """
 
+    # fewest codes it can work with, whether it draws noise, and the Q of an evaluation
     min_codes = 1
+    noisy = False
+    codes_per_latent = 1
 
     def forward(self, x: Tensor, codes: Tensor, seed: Tensor, row_offset: int) -> Estimate:
         """Quantize in training: x (..., D), codes (K, D), a 0-d int64 seed and the number of the first row."""
@@ -53,13 +56,18 @@ class Estimator(nn.Module):
         """The z (..., D) that indices (..., Q) stand for."""
         return gather(codes, indices.squeeze(-1))
 
-    def num_indices(self, num_codes: int) -> int:
-        """How many values `indices[..., 0]` can take, in the current mode."""
+    def num_indices(self, num_codes: int, training: bool) -> int:
+        """How many values `indices[..., 0]` can take, in training or in the current evaluation mode."""
         return num_codes
 
     def bits_per_latent(self, num_codes: int) -> float:
         """Bits per latent of an evaluation with K codes."""
         return math.log2(num_codes)
+
+
+def mark(value: Tensor, x: Tensor) -> Tensor:
+    """`value` where a row of x is finite, else NaN, in the value as in its gradient."""
+    return value * torch.where(x.isfinite().all(-1, keepdim=True), 1.0, torch.nan).to(value.dtype)
 
 
 class STE(Estimator):
@@ -75,18 +83,18 @@ class STE(Estimator):
 
     def __init__(self, *, codebook_weight: float = 1.0, commitment_weight: float = 0.25):
         super().__init__()
-        self.codebook_weight = _weight("codebook_weight", codebook_weight)
-        self.commitment_weight = _weight("commitment_weight", commitment_weight)
+        self.codebook_weight = check_number("STE", "codebook_weight", codebook_weight)
+        self.commitment_weight = check_number("STE", "commitment_weight", commitment_weight)
 
     def forward(self, x: Tensor, codes: Tensor, seed: Tensor, row_offset: int) -> Estimate:
         indices = nearest_code(x, codes).indices
-        code = gather(codes, indices)
+        # in float32 or better, so that the codebook's gradient is summed there
+        code = gather(codes.to(torch.promote_types(codes.dtype, torch.float32)), indices)
         loss = self.commitment_weight * _mean_square(x, code.detach())
         if codes.requires_grad:
             loss = loss + self.codebook_weight * _mean_square(x.detach(), code)
         # the value is the code itself, not the code up to a rounding; x comes first, its strides are kept
-        value = torch.where(x.isfinite().all(-1, keepdim=True), code.detach(), torch.nan).to(x.dtype)
-        return Estimate((x - x.detach()) + value, indices, loss)
+        return Estimate(mark(x - x.detach(), x) + code.detach().to(x.dtype), indices, loss)
 
     def extra_repr(self) -> str:
         return f"codebook_weight={self.codebook_weight}, commitment_weight={self.commitment_weight}"
@@ -98,6 +106,8 @@ class DiVeQ(Estimator):
     Args:
         noise_std: standard deviation of v, in units of x. The paper's variances are 1e-3 (VQ-VAE), 1e-2 (VQGAN).
     """
+
+    noisy = True
 
     def __init__(self, *, noise_std: float = NOISE_STD):
         super().__init__()
@@ -132,18 +142,36 @@ class NSVQ(_FixedDirection):
     """Noise substitution: z = x + |c_i - x| sg[v/|v|], v ~ N(0, I) (DiVeQ eq. 7; Vali and Backstrom 2022)."""
 
     direction = "random"
+    noisy = True
 
 
 class _SpaceFilling(Estimator):
     """Evaluation of the space-filling members, in three modes that differ in rate."""
 
     min_codes = 2
+    # the dither, also where there is no noise
+    noisy = True
 
     def __init__(self, *, evaluation: str = "codeword", bits: int = 4):
         super().__init__()
-        name = type(self).__name__
-        self.evaluation = check_choice(name, "evaluation", evaluation, ("codeword", "curve", "segment"))
-        self.bits = check_count(name, "bits", bits, minimum=1)
+        self.evaluation = evaluation
+        # a float32 position has 24 bits
+        self.bits = check_count(type(self).__name__, "bits", bits, minimum=1, maximum=24)
+
+    @property
+    def evaluation(self) -> str:
+        """ "codeword", "curve" or "segment"."""
+        return self._evaluation
+
+    @evaluation.setter
+    def evaluation(self, mode: str) -> None:
+        choices = ("codeword", "curve", "segment")
+        self._evaluation = check_choice(type(self).__name__, "evaluation", mode, choices)
+
+    @property
+    def codes_per_latent(self) -> int:
+        """2 in mode "segment", else 1."""
+        return 2 if self.evaluation == "segment" else 1
 
     def evaluate(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         if self.evaluation == "codeword":
@@ -166,8 +194,8 @@ class _SpaceFilling(Estimator):
         segments, level = indices.unbind(-1)
         return _interpolate(codes, segments, (level + 0.5) / 2**self.bits)
 
-    def num_indices(self, num_codes: int) -> int:
-        return num_codes if self.evaluation == "codeword" and not self.training else num_codes - 1
+    def num_indices(self, num_codes: int, training: bool) -> int:
+        return num_codes if self.evaluation == "codeword" and not training else num_codes - 1
 
     def bits_per_latent(self, num_codes: int) -> float:
         if self.evaluation == "codeword":
@@ -219,11 +247,12 @@ class SFDiVeQDetach(_SpaceFilling):
 
 
 def _interpolate(codes: Tensor, segments: Tensor, position: Tensor) -> Tensor:
-    at = position[..., None].to(codes.dtype)
-    first = gather(codes, segments)
-    second = gather(codes, torch.where(segments >= 0, segments + 1, segments))
+    wide = codes.to(torch.promote_types(codes.dtype, torch.float32))
+    at = position[..., None].to(wide.dtype)
+    first = gather(wide, segments)
+    second = gather(wide, torch.where(segments >= 0, segments + 1, segments))
     # at the ends the point is the code itself
-    return torch.where(at == 1, second, first + at * (second - first))
+    return torch.where(at == 1, second, first + at * (second - first)).to(codes.dtype)
 
 
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
@@ -236,9 +265,3 @@ def _mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 def _no_loss(x: Tensor) -> Tensor:
     return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _weight(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        refuse(ValueError, "STE", name, "be finite and not negative", value, "Pass 0 to switch the loss off")
-    return value

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vqkernels.checks import check_floating, refuse
-from vqkernels.nn._random import draw_seed, first_row
+from vqkernels.nn._random import check_rows, draw_seed, first_row
 from vqkernels.nn.codebooks import Codebook
-from vqkernels.nn.estimators import Estimator
+from vqkernels.nn.estimators import Estimator, mark
 from vqkernels.nn.upkeep import Upkeep
 
 
@@ -34,7 +36,9 @@ class VectorQuantizer(nn.Module):
 
     In training mode the estimator runs, and codebook and upkeep only take note of the batch; codes change in
     `commit`, once per optimizer step: by itself after `follow(optimizer)`, else at the start of the next training
-    forward. In evaluation mode the result is deterministic and `decode(indices).to(x.dtype)` equals z.
+    forward, so that without `follow` each forward must have had its backward before the next one. In evaluation
+    mode the result is deterministic and `decode(indices).to(x.dtype)` equals z for finite rows, except in the mode
+    "curve", which is no code. In a process group every rank must hold as many rows as the others.
 
     Args:
         codebook: where codes come from.
@@ -55,6 +59,9 @@ class VectorQuantizer(nn.Module):
         channel_dim: int = -1,
     ):
         super().__init__()
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            fix = "Pass -1 for (..., D), 1 for NCHW"
+            refuse(TypeError, "VectorQuantizer", "channel_dim", "be an int", repr(channel_dim), fix)
         if codebook.num_codes < estimator.min_codes:
             requirement = f"have at least {estimator.min_codes} codes for {type(estimator).__name__}"
             refuse(
@@ -68,10 +75,16 @@ class VectorQuantizer(nn.Module):
         self.codebook, self.estimator, self.upkeep = codebook, estimator, nn.ModuleList(upkeep)
         self.channel_dim = channel_dim
         for part in upkeep:
-            part.bind(codebook.num_codes, codebook.dim, estimator.num_indices(codebook.num_codes))
+            if part.bound:
+                fix = f"Make another {type(part).__name__}"
+                refuse(ValueError, "VectorQuantizer", "upkeep", "belong to one quantizer", "one in use", fix)
+            part.bind(codebook.num_codes, codebook.dim, estimator.num_indices(codebook.num_codes, True))
+            part.bound = True
         self.to(codebook.weight.device)
         self._step = 0
-        self._followed = self._uncommitted = False
+        self._uncommitted = self._followed = False
+        self._hook: RemovableHandle | None = None
+        self._optimizer: weakref.ref | None = None
 
     @property
     def num_codes(self) -> int:
@@ -81,7 +94,7 @@ class VectorQuantizer(nn.Module):
     @property
     def num_indices(self) -> int:
         """How many values `indices[..., 0]` can take in the current mode: K, or K - 1 segments."""
-        return self.estimator.num_indices(self.num_codes)
+        return self.estimator.num_indices(self.num_codes, self.training)
 
     @property
     def bits_per_latent(self) -> float:
@@ -120,8 +133,12 @@ class VectorQuantizer(nn.Module):
 
     def _train(self, x: Tensor) -> Quantized:
         self._begin()
-        seed = draw_seed(x.device)
         rows = x.shape[:-1].numel()
+        if self.estimator.noisy:
+            check_rows(rows, x.device)
+            seed = draw_seed(x.device)
+        else:
+            seed = torch.zeros((), dtype=torch.int64, device=x.device)
         z, indices, loss = self.estimator(x, self.codebook.codes(), seed, first_row(rows))
         self._observe(x, indices)
         return Quantized(z, indices[..., None], loss)
@@ -131,7 +148,7 @@ class VectorQuantizer(nn.Module):
         self._observe(x, None)
         # the codes take part, so that data-parallel reducers find their gradient
         codes = self.codebook.codes()
-        z = x + (0 * codes.sum()).to(x.dtype)
+        z = mark(x, x) + (0 * codes.sum()).to(x.dtype)
         indices = torch.full((*x.shape[:-1], 1), -1, dtype=torch.int64, device=x.device)
         return Quantized(z, indices, x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)))
 
@@ -147,12 +164,15 @@ class VectorQuantizer(nn.Module):
                 fix,
             )
         z, indices = self.estimator.evaluate(x, self.codebook.codes())
-        z = torch.where(x.isfinite().all(-1, keepdim=True), z, torch.nan).to(x.dtype)
+        z = mark(z.to(x.dtype), x)
         return Quantized(z, indices, x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)))
 
     def _begin(self) -> None:
         """Catch up with the commit that nobody called since the last training forward."""
-        if self._followed or _recomputing():
+        if _recomputing():
+            return
+        if self._followed:
+            self._uncommitted = True
             return
         if torch.compiler.is_compiling():
             # codes change between compiled steps, by the hook of the optimizer
@@ -194,18 +214,44 @@ class VectorQuantizer(nn.Module):
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Commit after every step of `optimizer`, and reset its moments of replaced codes.
 
+        A step without a training forward before it commits nothing. Following another optimizer ends following
+        the first; a copy of this module follows nobody until it is told to.
+
         Args:
             optimizer: the one that steps; not a wrapper around it.
         """
-        if not self._followed:
-            optimizer.register_step_post_hook(lambda stepped, args, kwargs: self.commit(stepped))
-            self._followed = True
+        if self._optimizer is not None and self._optimizer() is optimizer:
+            return
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self._optimizer, self._followed = weakref.ref(optimizer), True
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._uncommitted:
+            self.commit(optimizer)
+
+    def __getstate__(self) -> dict:
+        # hooks stay with the optimizer of the original
+        return self.__dict__ | {"_followed": False, "_hook": None, "_optimizer": None}
 
     def decode(self, indices: Tensor) -> Tensor:
         """The latents that indices stand for: int64 (..., Q) -> (..., D) in the dtype of the codes.
 
         The D features come last whatever `channel_dim` is; negative indices (masked rows) give 0.
+
+        Raises:
+            TypeError: the indices are not int64.
+            ValueError: they have another Q than this evaluation mode, or the mode is "curve".
         """
+        codes_per_latent = self.estimator.codes_per_latent
+        if indices.dtype != torch.int64:
+            refuse(TypeError, "decode", "indices", "be int64", indices.dtype, "Call indices.long()")
+        if indices.dim() < 1 or indices.shape[-1] != codes_per_latent:
+            fix = "Pass the indices that a forward of this quantizer returned"
+            refuse(
+                ValueError, "decode", "indices", f"be (..., {codes_per_latent})", tuple(indices.shape), fix
+            )
         return self.estimator.decode(indices, self.codebook.codes())
 
     def export(self) -> Tensor:
@@ -213,12 +259,12 @@ class VectorQuantizer(nn.Module):
         return self.codebook.codes().detach().clone()
 
     def get_extra_state(self) -> Tensor:
-        """The number of commits so far, as a tensor."""
-        return torch.tensor(self._step)
+        """The number of commits so far, and whether a forward waits for one, as a tensor."""
+        return torch.tensor([self._step, int(self._uncommitted)])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Continue counting commits from a loaded state."""
-        self._step = int(state)
+        self._step, self._uncommitted = int(state[0]), bool(state[1])
 
 
 def _recomputing() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels import philox
-from vqkernels.checks import check_count, refuse
+from vqkernels.checks import check_count, check_number, refuse
 from vqkernels.nn._random import all_rows, all_sum, draw_seed
 from vqkernels.nn.codebooks import Codebook
 from vqkernels.nn.metrics import code_counts
@@ -20,6 +20,8 @@ class Upkeep(nn.Module):
 
     # False while the codes must not be used yet
     ready = True
+    # True once a quantizer owns it
+    bound = False
 
     def bind(self, num_codes: int, dim: int, num_indices: int) -> None:
         """Told once, by the quantizer: K, D and how many values a training index takes."""
@@ -83,7 +85,7 @@ class ImportanceReplacement(Upkeep):
 
     Args:
         schedule: when; such as `TwoPhase(total_steps)`.
-        threshold: share of the mean use below which a code is replaced.
+        threshold: share of the mean use below which a code is replaced, in [0, 1].
         noise: size of the perturbation, relative to the root mean square of the copied code.
     """
 
@@ -91,11 +93,10 @@ class ImportanceReplacement(Upkeep):
 
     def __init__(self, schedule: Schedule, *, threshold: float = 0.01, noise: float = 1e-3):
         super().__init__()
-        for name, value in (("threshold", threshold), ("noise", noise)):
-            if not 0 <= value < float("inf"):
-                fix = "Pass 0.01 if unsure" if name == "threshold" else "Pass 1e-3 if unsure"
-                refuse(ValueError, "ImportanceReplacement", name, "be finite and not negative", value, fix)
-        self.schedule, self.threshold, self.noise = schedule, threshold, noise
+        name = "ImportanceReplacement"
+        self.schedule = schedule
+        self.threshold = check_number(name, "threshold", threshold, up_to=1)
+        self.noise = check_number(name, "noise", noise)
 
     def bind(self, num_codes: int, dim: int, num_indices: int) -> None:
         if num_indices != num_codes:
@@ -110,13 +111,13 @@ class ImportanceReplacement(Upkeep):
         if indices is not None:
             # a row that is not finite has index 0 but used nothing
             used = torch.where(x.isfinite().all(-1), indices, -1)
-            self.counts += code_counts(used, len(self.counts))
+            self.counts += all_sum(code_counts(used, len(self.counts)))
 
     @torch.no_grad()
     def commit(self, codebook: Codebook, step: int) -> Tensor | None:
         if not self.schedule.due(step):
             return None
-        counts = all_sum(self.counts)
+        counts = self.counts
         codes = codebook.weight
         k, d = codes.shape
         dead = counts < self.threshold * counts.sum() / k

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqkernels import kernels, native
-from vqkernels.checks import check_count, check_floating, check_indices
+from vqkernels.checks import check_count, check_indices, check_rows
 from vqkernels.dispatch import Op
 from vqkernels.ops._layout import collapse
 
@@ -76,9 +76,9 @@ def code_sums(x: Tensor, indices: Tensor, num_codes: int, *, backend: str | None
         ValueError: shapes or devices do not match, or num_codes < 1.
         BackendError: `backend` cannot run these inputs.
     """
-    check_floating("code_sums", "x", x)
+    check_rows("code_sums", x)
     check_indices("code_sums", indices, x.shape[:-1], x.device)
-    check_count("code_sums", "num_codes", num_codes, minimum=1)
+    check_count("code_sums", "num_codes", num_codes, minimum=1, maximum=2**31)
     flat = collapse(x.detach())
     index = indices.reshape(flat.shape[:-1])
     return CodeSums(*code_sums_op(flat, index, num_codes, backend=backend))

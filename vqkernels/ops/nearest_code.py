@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqkernels import kernels, native
-from vqkernels.checks import check_pair
+from vqkernels.checks import check_flag, check_pair
 from vqkernels.dispatch import Op
 from vqkernels.ops._layout import collapse
 
@@ -121,6 +121,7 @@ def nearest_code(
         BackendError: `backend` cannot run these inputs.
     """
     check_pair("nearest_code", x, codebook)
+    check_flag("nearest_code", "exact", exact)
     flat = collapse(x.detach())
     indices, sq_dist = nearest_code_op(flat, codebook.detach(), None, exact, backend=backend)
     return NearestCode(indices.view(x.shape[:-1]), sq_dist.view(x.shape[:-1]))

@@ -26,21 +26,21 @@ class NearestSegment(NamedTuple):
 def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = codebook.double()
     flat = x.reshape(-1, x.shape[-1]).double()
-    shape = (len(flat),)
-    segments = torch.zeros(shape, dtype=torch.int64, device=x.device)
-    position = torch.zeros(shape, dtype=torch.float64, device=x.device)
-    sq_dist = torch.full(shape, torch.nan, dtype=torch.float64, device=x.device)
+    finite = codes.isfinite().all(1)
+    usable = finite[1:] & finite[:-1]
+    lost = ~flat.isfinite().all(1) | ~usable.any()
+    # the lowest usable segment, for rows whose every distance overflows
+    segments = torch.where(lost, 0, usable.int().argmax())
+    position = torch.zeros_like(lost, dtype=torch.float64)
+    sq_dist = torch.where(lost, torch.nan, torch.inf).double()
     at_once = max(1, min(len(codes) - 1, 1024))
     for rows in torch.arange(len(flat), device=x.device).split(max(1, _CHUNK // at_once)):
         for start in range(0, len(codes) - 1, at_once):
             t, d = _project(flat[rows], codes[start : start + at_once + 1])
-            # segments with a code that is not finite, and rows that are not, have no distance
-            least, best = torch.where(d.isnan(), torch.inf, d).min(1)
-            lowest = (d == least[:, None]).int().argmax(1)
-            best = torch.where(least.isinf(), best, lowest)
-            better = (least < sq_dist[rows]) | (
-                sq_dist[rows].isnan() & d.gather(1, best[:, None])[:, 0].isfinite()
-            )
+            d = torch.where(usable[start : start + at_once] & ~d.isnan(), d, torch.inf)
+            least = d.amin(1)
+            best = (d == least[:, None]).int().argmax(1)
+            better = least < sq_dist[rows]
             here = rows[better]
             segments[here] = best[better] + start
             position[here] = t.gather(1, best[:, None])[:, 0][better]

@@ -162,7 +162,7 @@ class ImageSet:
         batch = _to_float(crops)
         if self._augment:
             own = slice(rank * share, (rank + 1) * share)
-            mirrored = rng.random(self._batch_size)[own] < 0.5
+            mirrored = torch.from_numpy(rng.random(self._batch_size)[own] < 0.5)
             gain = rng.uniform(*GAIN, self._batch_size)[own].astype(np.float32)
             offset = rng.uniform(-OFFSET, OFFSET, self._batch_size)[own].astype(np.float32)
             batch[mirrored] = batch[mirrored].flip(2)

@@ -11,8 +11,7 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import KwargsHandler
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -106,9 +105,7 @@ class _Run:
     def __init__(self, config: TrainConfig, images: ImageSet) -> None:
         self.config, self.images, self.step = config, images, 0
         try:
-            # a broadcast of rank 0's buffers would overwrite what other ranks have counted and not yet committed
-            handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-            self.accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers)
+            self.accelerator = Accelerator(mixed_precision=config.precision)
         except ValueError as error:
             got = f"{config.precision!r} ({str(error).rstrip('.')})"
             refuse(RunError, "train", "precision", "be one that this device has", got, "Pass --precision no")

@@ -1,0 +1,184 @@
+"""Who commits, and when: copies, several optimizers, interrupted runs, and several processes."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vqkernels.nn import (
+    STE,
+    EMACodebook,
+    ImportanceReplacement,
+    LatentMeans,
+    TwoPhase,
+    VectorQuantizer,
+    build,
+)
+from vqkernels.testing import DEVICE
+
+D, K = 5, 8
+
+
+def ema():
+    torch.manual_seed(1)
+    return VectorQuantizer(EMACodebook(K, D, init="normal"), STE(codebook_weight=0)).to(DEVICE)
+
+
+def optimizer_of_nothing():
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 0.1)
+
+
+def moves(quantizer, optimizer=None):
+    """Whether two training forwards, with steps of an optimizer, change the codes."""
+    before = quantizer.export()
+    for _ in range(2):
+        quantizer(torch.randn(50, D, device=DEVICE))
+        if optimizer is not None:
+            optimizer.step()
+    return not torch.equal(before, quantizer.export())
+
+
+def test_a_copy_follows_nobody_until_told(tmp_path):
+    quantizer, first = ema(), optimizer_of_nothing()
+    quantizer.follow(first)
+    torch.save(quantizer, tmp_path / "q.pt")
+    for other in (copy.deepcopy(quantizer), torch.load(tmp_path / "q.pt", weights_only=False)):
+        # by itself at the next forward, then by an optimizer of its own
+        assert moves(other)
+        second = optimizer_of_nothing()
+        other.follow(second)
+        assert moves(other, second)
+        assert torch.equal(quantizer.export(), ema().export())
+
+
+def test_following_another_optimizer_ends_following_the_first():
+    quantizer, first, second = ema(), optimizer_of_nothing(), optimizer_of_nothing()
+    quantizer.follow(first)
+    quantizer.follow(second)
+    assert not moves(quantizer, first)
+    assert moves(quantizer, second)
+
+
+def test_a_step_without_a_forward_commits_nothing():
+    quantizer, optimizer = ema(), optimizer_of_nothing()
+    quantizer.follow(optimizer)
+    for _ in range(5):
+        optimizer.step()
+    assert quantizer.get_extra_state().tolist() == [0, 0] and quantizer.codebook.mass.eq(1).all()
+    warm = build("sf_diveq", dim=D, num_codes=K, upkeep=[LatentMeans(1)])
+    warm.follow(optimizer)
+    optimizer.step()
+    assert not warm.initialized
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_interrupted_between_forward_and_commit(followed):
+    """A state_dict remembers that a forward waits for its commit."""
+    torch.manual_seed(2)
+    batches = [torch.randn(30, D, device=DEVICE) for _ in range(6)]
+
+    def run(quantizer, batches):
+        optimizer = optimizer_of_nothing()
+        if followed:
+            quantizer.follow(optimizer)
+        for x in batches:
+            quantizer(x)
+            optimizer.step()
+        return quantizer
+
+    whole, first, second = run(ema(), batches), run(ema(), batches[:3]), ema()
+    second.load_state_dict(first.state_dict())
+    run(second, batches[3:])
+    assert torch.equal(whole.export(), second.export())
+    assert torch.equal(whole.get_extra_state(), second.get_extra_state())
+    # a state that waits for nothing is loaded over one that does
+    second.load_state_dict(ema().state_dict())
+    assert second.get_extra_state().tolist() == [0, 0]
+
+
+NAMES = ("ema", "diveq", "nsvq", "sf_diveq", "sf_diveq_detach")
+
+
+def steps(batches, rank):
+    """Codes and outputs of several methods after a few steps, and their statistics on the way."""
+    seen = {}
+    for name in NAMES:
+        # what a rank draws for itself must not matter
+        torch.manual_seed(3)
+        upkeep = LatentMeans(2, latents_per_code=8)
+        if not name.startswith("sf"):
+            upkeep = ImportanceReplacement(TwoPhase(9, 2, stop_before=0), threshold=0.5)
+        quantizer = build(name, dim=D, num_codes=K, upkeep=[upkeep])
+        torch.manual_seed(100 + rank)
+        for x in batches:
+            z = quantizer(x).z
+            waiting = {key: value.clone() for key, value in quantizer.state_dict().items()}
+            quantizer.commit()
+        seen[name] = (
+            quantizer.export().numpy(),
+            z.detach().numpy(),
+            {k: v.numpy() for k, v in waiting.items()},
+        )
+    return seen
+
+
+def on_rank(rank, port, batches, uneven, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    if uneven:
+        said = []
+        for name in ("diveq", "sf_diveq"):
+            upkeep = [LatentMeans(2)] if name == "sf_diveq" else []
+            try:
+                build(name, dim=D, num_codes=K, upkeep=upkeep)(torch.randn(5 - 2 * rank, D))
+            except RuntimeError as error:
+                said.append(str(error))
+            dist.barrier()
+        queue.put((rank, said))
+    else:
+        queue.put((rank, steps([batch.chunk(2)[rank] for batch in batches], rank)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def two_processes(batches, *, uneven=False):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=on_rank, args=(r, port, batches, uneven, queue)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+    return found
+
+
+def test_two_processes_equal_one():
+    """Statistics, replacement, warm-up and noise of two ranks equal one process on the joint batch."""
+    torch.manual_seed(7)
+    # the warm-up remembers one and a half of these batches; a far cluster leaves most codes unused
+    batches = [torch.randn(44, D) * torch.tensor([1.0, 1, 1, 0.01, 0.01]) for _ in range(4)]
+    expected, found = steps(batches, 0), two_processes(batches)
+    for name in NAMES:
+        codes, z, _ = expected[name]
+        for rank in range(2):
+            torch.testing.assert_close(torch.tensor(found[rank][name][0]), torch.tensor(codes))
+        joint = torch.cat([torch.tensor(found[rank][name][1]) for rank in range(2)])
+        torch.testing.assert_close(joint, torch.tensor(z))
+        # every rank holds the statistics of all, at all times
+        for key, value in found[0][name][2].items():
+            assert (value == found[1][name][2][key]).all(), (name, key)
+
+
+def test_uneven_ranks_are_refused():
+    """Every rank says so, before anything is gathered."""
+    said = two_processes([], uneven=True)
+    for rank, rows in ((0, 5), (1, 3)):
+        words = f"x must have as many rows on every rank; got {rows} on rank {rank}"
+        assert len(said[rank]) == 2 and all(words in text for text in said[rank])
