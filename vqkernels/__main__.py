@@ -73,7 +73,7 @@ def evaluate(checkpoint: Path, data: str | None = None, picture: Path | None = N
     return 0
 
 
-def demo(out: Path = Path("runs/demo"), steps: int = 2400, seed: int = 0, fresh: bool = False) -> int:
+def demo(out: Path = Path("runs/demo"), steps: int = 3000, seed: int = 0, fresh: bool = False) -> int:
     """Train SF-DiVeQ and plain STE on photographs, then compare them; goes on where it was stopped.
 
     Args:

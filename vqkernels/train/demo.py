@@ -42,7 +42,7 @@ class DemoRun:
 def run_demo(
     out: Path,
     *,
-    steps: int = 2400,
+    steps: int = 3000,
     seed: int = 0,
     fresh: bool = False,
     progress: bool = False,
