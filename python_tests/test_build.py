@@ -74,6 +74,12 @@ def wheel(checkout, **environment):
     return path, zipfile.ZipFile(path).namelist(), text
 
 
+def run_installed(target, *arguments):
+    """Run Python on an unpacked wheel; without site, for an editable install would lend it the extension."""
+    path = os.pathsep.join([str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return run(sys.executable, "-S", *arguments, cwd=target.parent, PYTHONPATH=path)
+
+
 def compiled(names):
     return [name for name in names if name.startswith("vqkernels/_C")]
 
@@ -120,8 +126,8 @@ def test_auto_without_a_compiler_is_pure_and_says_why(checkout):
             "indices=tensor([0, 0])",
         ),
     ):
-        assert words in run(sys.executable, "-c", code, cwd=checkout.parent, PYTHONPATH=str(target))
-    text = run(sys.executable, "-m", "vqkernels", "info", cwd=checkout.parent, PYTHONPATH=str(target))
+        assert words in run_installed(target, "-c", code)
+    text = run_installed(target, "-m", "vqkernels", "info")
     assert f"extension: missing, the extension was not built: {reason}" in text
 
 
@@ -159,7 +165,7 @@ def test_native_wheel_works_where_it_is_installed(checkout):
     target = checkout.parent / "installed"
     zipfile.ZipFile(path).extractall(target)
     code = "import vqkernels.native as n; print(n.__file__, n.MISSING)"
-    text = run(sys.executable, "-c", code, cwd=checkout.parent, PYTHONPATH=str(target))
+    text = run_installed(target, "-c", code)
     assert text.split() == [str(target / "vqkernels/native.py"), "None"]
 
 
