@@ -34,7 +34,7 @@ bench: $(VENV)/bench
 lint: $(VENV)/test
 	$(PY) -m ruff check $(FORMATTED)
 	$(PY) -m ruff format --check $(FORMATTED)
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -type f -not -name '*.txt')
 
 format: $(VENV)/test
