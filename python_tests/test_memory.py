@@ -32,7 +32,7 @@ print(peak() - before - outputs)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's memory says nothing about a gpu's")
 @pytest.mark.parametrize("function", ["diveq", "sf_diveq"])
-@pytest.mark.parametrize("backend", ["native", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_peak_of_a_step(function, backend):
     """Forward and backward at (32768, 16384, 256) float32 within 400 MB above inputs and outputs."""
     from vqkernels import native
