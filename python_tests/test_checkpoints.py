@@ -183,7 +183,7 @@ def test_configurations_that_cannot_be_read(change):
     ],
 )
 def test_values_no_run_can_have(fields, said):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(RunError) as caught:
         TrainConfig(**fields)
     assert str(caught.value).startswith(said)
 

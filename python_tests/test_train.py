@@ -362,9 +362,24 @@ def test_the_command_line_says_what_is_wrong_in_one_line(make, capsys, tmp_path)
     (tmp_path / "file").write_text("")
     assert main([*words, "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit):
-        main([*words, "--crop", "30"])
-    assert "crop must be a" in capsys.readouterr().err
+    for bad, words_of_it in (
+        ([*words, "--crop", "30"], "error: train: crop must be a multiple of"),
+        ([*words, "--steps", "0"], "error: train: steps must be at least 1; got 0. Pass 1 or more."),
+        (["demo", "--steps", "0"], "error: train: steps must be at least 1; got 0. Pass 1 or more."),
+        (
+            [*words, "--precision", "fp16"],
+            "error: train: precision must be one that this device has; got 'fp16' on cpu",
+        ),
+    ):
+        assert main(bad) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(words_of_it) and said.count("\n") == 1
+    for log in ('{"my": "own log"}\n', "\udcff"):
+        other = make("other")
+        other.metrics_path().parent.mkdir(exist_ok=True)
+        other.metrics_path().write_text(log, errors="surrogateescape")
+        assert main(command(other)[3:]) == 2
+        assert "train: metrics.jsonl must be the log of a run; got" in capsys.readouterr().err
 
 
 def test_photographs_train_for_a_few_steps(tmp_path):

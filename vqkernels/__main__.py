@@ -11,6 +11,7 @@ import torch
 
 import vqkernels
 from vqkernels import BackendError, native
+from vqkernels.checks import refuse
 from vqkernels.ops import OPS
 from vqkernels.train.config import RunError, TrainConfig
 
@@ -26,7 +27,7 @@ def train(config: TrainConfig, resume: bool = False) -> int:
     """Train a VQ-VAE; leaves a checkpoint and a log in --out.
 
     Args:
-        config: of the run.
+        config: Settings of the run.
         resume: Go on from the checkpoint in --out, or start where there is none.
     """
     from vqkernels.train.evaluate import evaluate, modes_of
@@ -54,18 +55,25 @@ def evaluate(checkpoint: Path, data: str | None = None, picture: Path | None = N
 
     Args:
         checkpoint: The checkpoint.pt of a run.
-        data: Images to measure on; those of the run when left out.
+        data: Other images; of a folder every tenth is held out and measured, as in training. Those of the run
+            when left out.
         picture: Also draw the first reconstructions into this PNG.
     """
+    from vqkernels.train.checkpoint import open_folder
     from vqkernels.train.demo import draw_models, reconstruction_row
     from vqkernels.train.evaluate import evaluate as measure
     from vqkernels.train.evaluate import modes_of
     from vqkernels.train.report import format_table
     from vqkernels.train.restore import load_run
 
+    if picture is not None:
+        if picture.suffix.lower() != ".png" or picture.is_dir():
+            refuse(RunError, "evaluate", "picture", "name a .png file", picture, "Pass --picture FILE.png")
+        open_folder(picture.parent, "picture")
     model, images, config = load_run(checkpoint, data)
     found = [measure(model, images, mode=mode) for mode in modes_of(model)]
-    print(f"{found[0].images} whole held-out images of {data or config.data}")
+    plural = "" if found[0].images == 1 else "s"
+    print(f"{found[0].images} whole held-out image{plural} of {data or config.data}")
     print(format_table([(config.quantizer, one, None) for one in found]))
     if picture is not None:
         draw_models(picture, images, [reconstruction_row(config.quantizer, model, images)])
@@ -149,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, BackendError) as error:
         return _refused(str(error))
     except KeyboardInterrupt:
-        return _stopped("SIGINT", "between two checkpoints; --resume goes on from the last")
+        return _stopped("SIGINT", "nothing is half-written, and a checkpoint that was there is whole")
 
 
 def _tell(line: Mapping[str, float | int | str | None]) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         fix = "Pass the checkpoint.pt of a run"
-        refuse(RunError, "checkpoint", "path", "name a file", f"{path}, where there is none", fix)
+        got = f"{path}, {'a folder' if path.is_dir() else 'where there is none'}"
+        refuse(RunError, "checkpoint", "path", "name a file", got, fix)
     content = _read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != _FIELDS:
         told = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -151,12 +153,14 @@ def _read(path: Path) -> object:
     if damaged is not None:
         refuse(RunError, "checkpoint", "file", "be whole", f"a wrong checksum of {damaged} in {path}", fix)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        refuse(
-            RunError, "checkpoint", "file", "hold tensors and plain values only", f"{path} ({reason})", fix
-        )
+        with warnings.catch_warnings():
+            # of other kinds of archives, which are refused right below
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError):
+        # torch's own words would advise to load it unsafely
+        got = f"{path}, which names other objects or is damaged"
+        refuse(RunError, "checkpoint", "file", "hold tensors and plain values only", got, fix)
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
@@ -186,11 +190,12 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
         _refuse_folder(path.parent, error)
 
 
-def open_folder(folder: Path) -> None:
+def open_folder(folder: Path, argument: str = "out") -> None:
     """Make the folder of a run and try to write in it.
 
     Args:
         folder: to make, with its parents.
+        argument: what named it, for the message.
 
     Raises:
         RunError: if it cannot be made or written.
@@ -200,9 +205,13 @@ def open_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        _refuse_folder(folder, error)
+        _refuse_folder(folder, error, argument)
 
 
-def _refuse_folder(folder: Path, error: OSError) -> NoReturn:
+def _refuse_folder(folder: Path, error: OSError, argument: str = "out") -> NoReturn:
     got = f"{folder} ({error.strerror or error})"
-    refuse(RunError, "train", "out", "be a folder that can be written", got, "Pass another --out")
+    requirement = (
+        "be a folder that can be written" if argument == "out" else "lie in a folder that can be written"
+    )
+    op = "train" if argument == "out" else "evaluate"
+    refuse(RunError, op, argument, requirement, got, f"Pass another --{argument}")

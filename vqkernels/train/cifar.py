@@ -54,7 +54,7 @@ def _read(path: Path) -> NDArray[np.uint8]:
         with path.open("rb") as stream:
             content = _PlainUnpickler(stream, encoding="bytes").load()
     except pickle.UnpicklingError as error:
-        _refuse(path, str(error))
+        _refuse(path, str(error).rstrip("."))
     # what a damaged pickle raises is not specified beyond this list of the pickle module's documentation
     except (
         EOFError,

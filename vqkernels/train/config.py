@@ -18,7 +18,7 @@ Precision = Literal["no", "fp16", "bf16"]
 FREE_FIELDS = frozenset({"out", "checkpoint_every", "log_every", "evaluate_every"})
 
 
-class RunError(ValueError):
+class RunError(RuntimeError):
     """A run cannot start, continue or be read; the message says why and what to do."""
 
 
@@ -60,7 +60,7 @@ class TrainConfig:
     """Height and width of a training crop, in pixels."""
 
     augment: bool = True
-    """Mirror half of the crops, and change the exposure of all a little."""
+    """Half of the crops are mirrored and the exposure of all is changed a little; the flag switches it off."""
 
     batch_size: int = 64
     """Crops in a step, over all processes together."""
@@ -93,9 +93,14 @@ class TrainConfig:
         """Refuse values no run can have.
 
         Raises:
-            TypeError: if a field has the wrong type.
-            ValueError: if a field is out of range, or two fields do not fit together.
+            RunError: if a field has the wrong type or is out of range, or two fields do not fit together.
         """
+        try:
+            self._check()
+        except (TypeError, ValueError) as error:
+            raise RunError(str(error)) from error
+
+    def _check(self) -> None:
         name = "train"
         check_choice(name, "quantizer", self.quantizer, get_args(QuantizerName))
         check_choice(name, "upkeep", self.upkeep, get_args(Upkeep))
@@ -105,7 +110,8 @@ class TrainConfig:
             check_count(name, field, getattr(self, field), minimum=1)
         for field in ("checkpoint_every", "log_every", "evaluate_every"):
             check_count(name, field, getattr(self, field), minimum=1)
-        for field in ("downsamplings", "residual_blocks", "seed"):
+        check_count(name, "downsamplings", self.downsamplings, maximum=16)
+        for field in ("residual_blocks", "seed"):
             check_count(name, field, getattr(self, field))
         if not (math.isfinite(self.lr) and self.lr > 0):
             refuse(ValueError, name, "lr", "be finite and above 0", self.lr, "Pass a rate such as 5.5e-4")
@@ -202,10 +208,7 @@ class TrainConfig:
             got = sorted(set(values) ^ names) if isinstance(values, Mapping) else type(values).__name__
             requirement = "have exactly the fields of this version"
             refuse(RunError, "TrainConfig", "configuration", requirement, f"a difference in {got}", fix)
-        try:
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise RunError(str(error)) from error
+        return cls(**values)
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """Name the fields that make two runs different.

@@ -256,8 +256,10 @@ def _folder(folder: Path) -> tuple[list[Picture], list[Picture]]:
     fix = "Pass --data photos, or a folder of images"
     if not folder.is_dir():
         refuse(RunError, "data", "data", "be photos or a folder", f"{folder}, which is no folder", fix)
-    endings = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    # formats that PIL can read, not those it only writes; hidden files are notes of file systems
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    paths = sorted(path for path in found if not path.name.startswith("."))
     if not paths:
         refuse(RunError, "data", "data", "hold image files that PIL reads", f"none in {folder}", fix)
     pictures = [_header(path, str(path.relative_to(folder))) for path in paths]

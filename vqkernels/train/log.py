@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
 
+from vqkernels.checks import refuse
 from vqkernels.nn.metrics import code_counts, perplexity, usage
 from vqkernels.train.checkpoint import replace_file
+from vqkernels.train.config import RunError
 
 # keeps the PSNR of a perfect reconstruction a number that JSON has
 TINY = 1e-30
@@ -130,11 +132,28 @@ def read_lines(path: Path) -> list[Line]:
 
     Returns:
         One dict per line.
+
+    Raises:
+        RunError: if the file cannot be read, or is no such log.
     """
     lines: list[Line] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        _refuse(path, str(error))
+    for number, text in enumerate(texts):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
+            if number < len(texts) - 1:
+                _refuse(path, f"no JSON in line {number + 1}")
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            _refuse(path, f"no step in line {number + 1}")
+        lines.append(line)
     return lines
+
+
+def _refuse(path: Path, got: str) -> NoReturn:
+    fix = "Move it away, or pass another --out"
+    refuse(RunError, "train", "metrics.jsonl", "be the log of a run", f"{path} ({got})", fix)

@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -104,6 +104,10 @@ class _Run:
 
     def __init__(self, config: TrainConfig, images: ImageSet) -> None:
         self.config, self.images, self.step = config, images, 0
+        if config.precision == "fp16" and str(PartialState().device) == "cpu":
+            # accelerate would train in float32 without a word
+            fix = "Pass --precision bf16 or no"
+            refuse(RunError, "train", "precision", "be one that this device has", "'fp16' on cpu", fix)
         try:
             self.accelerator = Accelerator(mixed_precision=config.precision)
         except ValueError as error:
@@ -149,15 +153,16 @@ class _Run:
                     on_line(line)
 
         with bar, self.timer:
-            began, since = time.perf_counter(), self.step
+            seconds, since = 0.0, self.step
             while self.step < config.steps:
+                began = time.perf_counter()
                 self.train_step()
+                seconds += time.perf_counter() - began
                 bar.update()
                 last = self.step == config.steps
                 if last or self.step % config.log_every == 0:
-                    seconds = time.perf_counter() - began
                     tell(self.line() | {"seconds_per_step": seconds / (self.step - since)})
-                    began, since = time.perf_counter(), self.step
+                    seconds, since = 0.0, self.step
                 if (last or self.step % config.evaluate_every == 0) and self.model.quantizer.initialized:
                     tell(self.held_out_line())
                 stopping = self.agreed(stop)
@@ -165,6 +170,8 @@ class _Run:
                     self.save(log)
                 if stopping:
                     break
+        # what measures the model from here on sees it as a checkpoint gives it back, in float32
+        self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
 
     def train_step(self) -> None:
         """One optimizer step; nothing here waits for the device, save on the steps the timer samples."""

@@ -59,7 +59,7 @@ def draw_reconstructions(path: Path, originals: Mapping[str, NDArray[np.uint8]],
         axes_row[0].set_ylabel(row.label, fontsize=13)
     for axes, name in zip(grid[0], originals, strict=True):
         axes.set_title(f"{name} (held out)", fontsize=13)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def draw_training(path: Path, runs: Mapping[str, Sequence[Line]]) -> None:
@@ -94,7 +94,7 @@ def draw_training(path: Path, runs: Mapping[str, Sequence[Line]]) -> None:
     keys.append(Line2D([], [], color="0.3", marker="o", markersize=4, label="whole held-out images"))
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False, fontsize=11)
     figure.supxlabel(NOTE, fontsize=9, color="0.3")
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _curve(axes: Axes, lines: Sequence[Line], split: str, key: str, colour: str) -> None:
