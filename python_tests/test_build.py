@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vqkernels import __version__
+from vqkernels import __version__, native
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (
@@ -82,6 +82,13 @@ def run_installed(target, *arguments):
 
 def compiled(names):
     return [name for name in names if name.startswith("vqkernels/_C")]
+
+
+@needs_cxx
+@pytest.mark.skipif(os.environ.get("VQKERNELS_BUILD") == "off", reason="the extension was not asked for")
+def test_the_extension_is_there():
+    """Tests of the native backend skip without it, so a build that fails must fail here."""
+    assert native.MISSING is None
 
 
 def test_cmake_is_the_only_list_of_sources():

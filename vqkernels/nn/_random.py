@@ -20,7 +20,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return seed
 
 
-def check_rows(rows: int, device: torch.device) -> None:
+def check_equal_ranks(rows: int, device: torch.device) -> None:
     """Every rank must hold equally many rows; the device itself complains, the host does not wait for it."""
     if distributed():
         most = torch.tensor([rows, -rows], device=device)
@@ -48,7 +48,7 @@ def all_rows(tensor: Tensor) -> Tensor:
     """The rows of every rank, in rank order; as many on each."""
     if not distributed():
         return tensor
-    check_rows(len(tensor), tensor.device)
+    check_equal_ranks(len(tensor), tensor.device)
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)

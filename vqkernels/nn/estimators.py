@@ -65,9 +65,14 @@ class Estimator(nn.Module):
         return math.log2(num_codes)
 
 
-def mark(value: Tensor, x: Tensor) -> Tensor:
-    """`value` where a row of x is finite, else NaN, in the value as in its gradient."""
-    return value * torch.where(x.isfinite().all(-1, keepdim=True), 1.0, torch.nan).to(value.dtype)
+def finite_rows(x: Tensor) -> Tensor:
+    """Which rows hold no NaN and no Inf: (..., D) -> (..., 1) bool."""
+    return x.isfinite().all(-1, keepdim=True)
+
+
+def mark(value: Tensor, finite: Tensor) -> Tensor:
+    """`value` in finite rows, else NaN, in the value as in its gradient."""
+    return value * torch.where(finite, 1.0, torch.nan).to(value.dtype)
 
 
 class STE(Estimator):
@@ -90,11 +95,12 @@ class STE(Estimator):
         indices = nearest_code(x, codes).indices
         # in float32 or better, so that the codebook's gradient is summed there
         code = gather(codes.to(torch.promote_types(codes.dtype, torch.float32)), indices)
-        loss = self.commitment_weight * _mean_square(x, code.detach())
+        finite = finite_rows(x)
+        loss = self.commitment_weight * _mean_square(x, code.detach(), finite)
         if codes.requires_grad:
-            loss = loss + self.codebook_weight * _mean_square(x.detach(), code)
+            loss = loss + self.codebook_weight * _mean_square(x.detach(), code, finite)
         # the value is the code itself, not the code up to a rounding; x comes first, its strides are kept
-        return Estimate(mark(x - x.detach(), x) + code.detach().to(x.dtype), indices, loss)
+        return Estimate(mark(x - x.detach(), finite) + code.detach().to(x.dtype), indices, loss)
 
     def extra_repr(self) -> str:
         return f"codebook_weight={self.codebook_weight}, commitment_weight={self.commitment_weight}"
@@ -255,10 +261,9 @@ def _interpolate(codes: Tensor, segments: Tensor, position: Tensor) -> Tensor:
     return torch.where(at == 1, second, first + at * (second - first)).to(codes.dtype)
 
 
-def _mean_square(a: Tensor, b: Tensor) -> Tensor:
+def _mean_square(a: Tensor, b: Tensor, finite: Tensor) -> Tensor:
     """Mean over finite rows and features, in float32 or better."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    finite = a.isfinite().all(-1, keepdim=True)
     square = torch.where(finite, a.to(wide) - b.to(wide), 0).square()
     return square.sum() / (finite.sum().clamp_min(1) * a.shape[-1])
 

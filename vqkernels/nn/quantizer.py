@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vqkernels.checks import check_floating, refuse
-from vqkernels.nn._random import check_rows, draw_seed, first_row
+from vqkernels.nn._random import check_equal_ranks, draw_seed, first_row
 from vqkernels.nn.codebooks import Codebook
-from vqkernels.nn.estimators import Estimator, mark
+from vqkernels.nn.estimators import Estimator, finite_rows, mark
 from vqkernels.nn.upkeep import Upkeep
 
 
@@ -135,7 +135,7 @@ class VectorQuantizer(nn.Module):
         self._begin()
         rows = x.shape[:-1].numel()
         if self.estimator.noisy:
-            check_rows(rows, x.device)
+            check_equal_ranks(rows, x.device)
             seed = draw_seed(x.device)
         else:
             seed = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -148,7 +148,7 @@ class VectorQuantizer(nn.Module):
         self._observe(x, None)
         # the codes take part, so that data-parallel reducers find their gradient
         codes = self.codebook.codes()
-        z = mark(x, x) + (0 * codes.sum()).to(x.dtype)
+        z = mark(x, finite_rows(x)) + (0 * codes.sum()).to(x.dtype)
         indices = torch.full((*x.shape[:-1], 1), -1, dtype=torch.int64, device=x.device)
         return Quantized(z, indices, x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)))
 
@@ -164,7 +164,7 @@ class VectorQuantizer(nn.Module):
                 fix,
             )
         z, indices = self.estimator.evaluate(x, self.codebook.codes())
-        z = mark(z.to(x.dtype), x)
+        z = mark(z.to(x.dtype), finite_rows(x))
         return Quantized(z, indices, x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)))
 
     def _begin(self) -> None:

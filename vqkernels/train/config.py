@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from vqkernels.checks import check_choice, check_count, refuse
+from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
 
 QuantizerName = Literal["sf_diveq", "sf_diveq_detach", "diveq", "diveq_detach", "nsvq", "ste", "ema"]
 Upkeep = Literal["paper", "none", "replacement", "warmup", "both"]
@@ -115,9 +115,7 @@ class TrainConfig:
             check_count(name, field, getattr(self, field))
         if not (math.isfinite(self.lr) and self.lr > 0):
             refuse(ValueError, name, "lr", "be finite and above 0", self.lr, "Pass a rate such as 5.5e-4")
-        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
-            fix = "Pass a standard deviation, or 0 for none"
-            refuse(ValueError, name, "noise_std", "be finite and not negative", self.noise_std, fix)
+        check_noise_std(name, self.noise_std)
         if not 0 < self.warmup < 1:
             refuse(
                 ValueError,
