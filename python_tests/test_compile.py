@@ -33,9 +33,9 @@ def samples(layout):
     ]
     return {
         "nearest_code": [
-            (x, codes, None, True),
-            (x, codes, torch.rand(8, device=DEVICE), True),
-            (x, codes, None, False),
+            (x, codes, None, True, []),
+            (x, codes, torch.rand(8, device=DEVICE), True, []),
+            (x, codes, None, False, []),
         ],
         "nearest_segment": [(x, codes)],
         "directional": family,

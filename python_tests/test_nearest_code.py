@@ -21,7 +21,7 @@ def check(x, codebook, backend, *, dither=None, flat=None):
     if dither is None:
         indices, sq_dist = nearest_code(x, codebook, backend=backend)
     else:
-        indices, sq_dist = nearest_code_op(x[None], codebook, dither, True, backend=backend)
+        indices, sq_dist = nearest_code_op(x[None], codebook, dither, True, [], backend=backend)
     wrong = (indices.flatten() != expected).nonzero().flatten()
     assert len(wrong) == 0, (wrong[:5], indices.flatten()[wrong[:5]], expected[wrong[:5]])
     torch.testing.assert_close(sq_dist.flatten(), least.to(sq_dist.dtype), rtol=0, atol=0, equal_nan=True)

@@ -7,6 +7,7 @@ from vqkernels.ops import directional as directional
 from vqkernels.ops import diveq as diveq
 from vqkernels.ops import nearest_code as nearest_code
 from vqkernels.ops import nearest_segment as nearest_segment
+from vqkernels.ops import prepare as prepare
 from vqkernels.ops import sf_diveq as sf_diveq
 
 __version__ = "0.1.0"

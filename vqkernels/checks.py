@@ -30,6 +30,13 @@ def check_floating(op: str, name: str, tensor: object) -> None:
         refuse(TypeError, op, name, "be float16, bfloat16, float32 or float64", tensor.dtype, fix)
 
 
+def check_dtype(op: str, name: str, dtype: object) -> None:
+    """One of the four floating-point dtypes."""
+    if dtype not in FLOATS:
+        fix = f"Pass {name}=torch.float32"
+        refuse(TypeError, op, name, "be float16, bfloat16, float32 or float64", dtype, fix)
+
+
 def check_codebook(op: str, codebook: Tensor, *, min_codes: int = 1) -> None:
     """A `(K, D)` floating-point codebook with enough codes."""
     check_floating(op, "codebook", codebook)
@@ -133,7 +140,8 @@ def check_seed(op: str, seed: Tensor | int | None, device: torch.device) -> Tens
     if isinstance(seed, int) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**63:
             refuse(ValueError, op, "seed", "fit in 64 bits", seed, "Pass seed % 2**63")
-        return torch.tensor(seed, dtype=torch.int64, device=device)
+        # a fill, and no copy from the host: that would wait for it, and no graph can hold it
+        return torch.full((), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         refuse(TypeError, op, "seed", "be an int or an int64 tensor", got, "Call seed.long()")

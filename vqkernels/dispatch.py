@@ -40,11 +40,14 @@ class Backend:
         run: takes the op's arguments, returns the op's outputs.
         why_not: takes (device, dtypes) and returns None when `run` accepts them, else one sentence that says
             what it would need. It speaks of capability only and never reads a tensor's values.
+        prepare: takes what does not change between calls and returns tensors that spare `run` work, or None
+            where there is nothing to spare.
     """
 
     name: str
     run: Callable
     why_not: Callable[[torch.device, tuple[torch.dtype, ...]], str | None]
+    prepare: Callable[..., list[Tensor]] | None = None
 
 
 class Op:
@@ -65,27 +68,27 @@ class Op:
         self.backends: dict[str, Backend] = {}
         self.add("reference", reference, why_not=_needs_float64)
 
-    def add(self, name: str, run: Callable, *, why_not: Callable) -> None:
+    def add(self, name: str, run: Callable, *, why_not: Callable, prepare: Callable | None = None) -> None:
         """Register a backend written in Python."""
         namespace = _NAMESPACE[name]
         if namespace not in _LIBRARIES:
             _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
         _LIBRARIES[namespace].define(self.name + self.schema)
         _LIBRARIES[namespace].impl(self.name, run, "CompositeExplicitAutograd")
-        self._add_defined(name, why_not)
+        self._add_defined(name, why_not, prepare)
 
-    def add_native(self, missing: str | None, *, why_not: Callable) -> None:
+    def add_native(self, missing: str | None, *, why_not: Callable, prepare: Callable | None = None) -> None:
         """Register the op of the compiled library, or the sentence that says why the library is missing."""
         if missing is None:
-            self._add_defined("native", why_not)
+            self._add_defined("native", why_not, prepare)
         else:
             self.backends["native"] = Backend("native", _missing, why_not)
 
-    def _add_defined(self, name: str, why_not: Callable) -> None:
+    def _add_defined(self, name: str, why_not: Callable, prepare: Callable | None) -> None:
         namespace = _NAMESPACE[name]
         torch.library.register_fake(f"{namespace}::{self.name}", self.fake)
         packet = getattr(getattr(torch.ops, namespace), self.name)
-        self.backends[name] = Backend(name, packet.default, why_not)
+        self.backends[name] = Backend(name, packet.default, why_not, prepare)
 
     def __call__(self, *args, backend: str | None = None):
         """Run the op on the backend asked for, or on the first that accepts the arguments."""

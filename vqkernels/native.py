@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 MISSING: str | None = None
 _C: ModuleType | None = None
@@ -44,6 +45,11 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
     if device.type == "cuda":
         return None if HAS_CUDA else "the extension was built without CUDA"
     return f"the extension has no body for {device.type}"
+
+
+def prepare_codes(codebook: Tensor, x_dtype: torch.dtype) -> list[Tensor]:
+    """What the compiled search of this device can do once for a codebook that stays: its argument `parts`."""
+    return torch.ops.vqkernels.prepare_codes(codebook, x_dtype)
 
 
 def facts() -> dict:

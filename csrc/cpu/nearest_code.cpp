@@ -114,7 +114,10 @@ void fill(const Search& search, int64_t count) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor dither, bool exact) {
+std::vector<Tensor> prepare_codes(Tensor, ScalarType) { return {}; }
+
+std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor dither, bool exact,
+                                        std::vector<Tensor>) {
   const NearestCodeKernels& body = *kernels().nearest_code;
   const Rows rows = rows_of(x), codes = rows_of(codebook),
              weights = dither ? rows_of(*dither, false) : no_rows();

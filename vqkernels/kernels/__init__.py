@@ -28,10 +28,10 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
     return "it needs a cuda device (or TRITON_INTERPRET=1 on the cpu, for tests)"
 
 
-def lazy(module: str) -> Callable:
-    """The function `launch` of `vqkernels.kernels.<module>`, imported on its first call."""
+def lazy(module: str, function: str = "launch") -> Callable:
+    """A function of `vqkernels.kernels.<module>`, imported on its first call."""
 
-    def launch(*args):
-        return importlib.import_module(f"vqkernels.kernels.{module}").launch(*args)
+    def run(*args):
+        return getattr(importlib.import_module(f"vqkernels.kernels.{module}"), function)(*args)
 
-    return launch
+    return run

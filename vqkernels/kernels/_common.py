@@ -72,6 +72,14 @@ def processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
 
 
+def architecture(tensor: Tensor) -> int:
+    """Ten times the compute capability of the device of `tensor`; that of Hopper when interpreted."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
 def feature_block(features: int, largest: int) -> int:
     """Features held at once: a power of two, 16 or more, the whole row if `largest` allows."""
     return min(largest, max(16, triton.next_power_of_2(features)))
@@ -79,8 +87,11 @@ def feature_block(features: int, largest: int) -> int:
 
 @triton.jit
 def row_offsets(rows, inner, stride_outer, stride_inner):
-    """Element offset of each int64 row of a (B, M, D) tensor with M = `inner`."""
-    return (rows // inner) * stride_outer + (rows % inner) * stride_inner
+    """Element offset, int64, of each row of a (B, M, D) tensor with M = `inner` and fewer than 2^31 rows."""
+    # a division of 64 bits is a hundred instructions
+    narrow = rows.to(tl.int32)
+    outer = narrow // inner
+    return outer.to(tl.int64) * stride_outer + (narrow - outer * inner).to(tl.int64) * stride_inner
 
 
 @triton.jit

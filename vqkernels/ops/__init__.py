@@ -9,8 +9,10 @@ from vqkernels.ops.directional import directional_op as _directional
 from vqkernels.ops.diveq import diveq as diveq
 from vqkernels.ops.diveq import sf_diveq as sf_diveq
 from vqkernels.ops.nearest_code import NearestCode as NearestCode
+from vqkernels.ops.nearest_code import PreparedCodebook as PreparedCodebook
 from vqkernels.ops.nearest_code import nearest_code as nearest_code
 from vqkernels.ops.nearest_code import nearest_code_op as _nearest_code
+from vqkernels.ops.nearest_code import prepare as prepare
 from vqkernels.ops.nearest_segment import NearestSegment as NearestSegment
 from vqkernels.ops.nearest_segment import nearest_segment as nearest_segment
 from vqkernels.ops.nearest_segment import nearest_segment_op as _nearest_segment

@@ -64,7 +64,7 @@ def diveq(
     noise_std = check_noise_std("diveq", noise_std)
     check_count("diveq", "row_offset", row_offset)
     seed = check_seed("diveq", seed, x.device)
-    indices, _ = nearest_code_op(collapse(x.detach()), codebook.detach(), None, True, backend=backend)
+    indices, _ = nearest_code_op(collapse(x.detach()), codebook.detach(), None, True, [], backend=backend)
     indices = indices.view(x.shape[:-1])
     z = apply_directional(x, codebook, indices, None, seed, "noisy", noise_std, row_offset, backend)
     return DiVeQResult(z, indices)
@@ -117,6 +117,6 @@ def sf_diveq(
 def dithered_segment(x: Tensor, codebook: Tensor, seed: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
     """Segment and position of the nearest dithered point (eq. 11), for inputs that are already checked."""
     weights = dither(seed, codebook.shape[0], backend=backend)
-    segments, _ = nearest_code_op(collapse(x.detach()), codebook.detach(), weights, True, backend=backend)
+    segments, _ = nearest_code_op(collapse(x.detach()), codebook.detach(), weights, True, [], backend=backend)
     segments = segments.view(x.shape[:-1])
     return segments, weights[segments]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqkernels import kernels, native
-from vqkernels.checks import check_flag, check_pair
+from vqkernels.checks import check_codebook, check_dtype, check_flag, check_pair, check_rows, refuse
 from vqkernels.dispatch import Op
 from vqkernels.ops._layout import collapse
 
@@ -29,7 +30,9 @@ def dithered(codebook: Tensor, dither: Tensor) -> Tensor:
     return (1 - weight) * codebook[:-1].double() + weight * codebook[1:].double()
 
 
-def _reference(x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def _reference(
+    x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     codes = codebook.double() if dither is None else dithered(codebook, dither)  # (K, D)
     finite = codes.isfinite().all(1)
     safe = torch.where(finite[:, None], codes, 0)
@@ -78,23 +81,92 @@ def _distance_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
 
 
-def _fake(x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     shape = x.shape[:-1]
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_distance_dtype(x, codebook))
 
 
 nearest_code_op = Op(
     "nearest_code",
-    "(Tensor x, Tensor codebook, Tensor? dither, bool exact) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor codebook, Tensor? dither, bool exact, Tensor[] parts) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
 )
-nearest_code_op.add_native(native.MISSING, why_not=native.why_not)
-nearest_code_op.add("triton", kernels.lazy("nearest_code"), why_not=kernels.why_not)
+nearest_code_op.add_native(native.MISSING, why_not=native.why_not, prepare=native.prepare_codes)
+nearest_code_op.add(
+    "triton",
+    kernels.lazy("nearest_code"),
+    why_not=kernels.why_not,
+    prepare=kernels.lazy("nearest_code", "prepare_codes"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCodebook:
+    """A codebook that stays as it was when `prepare` made this: `nearest_code` takes it in the codebook's place.
+
+    Attributes:
+        codes: (K, D) own copy.
+        x_dtype: dtype of the rows it serves.
+        backend: the backend that prepared it and will search it.
+        parts: what that backend made, for it alone.
+    """
+
+    codes: Tensor
+    x_dtype: torch.dtype
+    backend: str
+    parts: list[Tensor] = field(repr=False)
+
+
+def prepare(
+    codebook: Tensor, *, x_dtype: torch.dtype | None = None, backend: str | None = None
+) -> PreparedCodebook:
+    """Do once what every search of a codebook begins with, for loops over a codebook that does not change.
+
+    The handle holds its own copy of the codes: later writes to `codebook` do not reach it, and nothing is cached
+    behind your back. Call it again after the codes have changed.
+
+    Args:
+        codebook: (K, D) float16, bfloat16, float32 or float64, K >= 1.
+        x_dtype: dtype of the rows that will be searched; by default that of the codebook.
+        backend: "native", "triton" or "reference"; by default the fastest that accepts such inputs.
+
+    Raises:
+        TypeError: a dtype is not floating-point.
+        ValueError: the codebook is not (K, D) or has no code.
+        BackendError: `backend` cannot run such inputs.
+    """
+    check_codebook("prepare", codebook)
+    x_dtype = codebook.dtype if x_dtype is None else x_dtype
+    check_dtype("prepare", "x_dtype", x_dtype)
+    codes = codebook.detach().clone()
+    chosen = nearest_code_op.select(codes.new_empty((0,), dtype=x_dtype), codes, backend=backend)
+    parts = [] if chosen.prepare is None else chosen.prepare(codes, x_dtype)
+    return PreparedCodebook(codes, x_dtype, chosen.name, parts)
+
+
+def _prepared(x: Tensor, codebook: PreparedCodebook, backend: str | None) -> tuple[str, list[Tensor], Tensor]:
+    check_rows("nearest_code", x)
+    if x.dtype != codebook.x_dtype:
+        fix = f"Call prepare(codebook, x_dtype={x.dtype})"
+        refuse(ValueError, "nearest_code", "x", f"be {codebook.x_dtype}, as prepared for", x.dtype, fix)
+    if backend not in (None, codebook.backend):
+        fix = f"Call prepare(codebook, backend={backend!r})"
+        refuse(
+            ValueError,
+            "nearest_code",
+            "backend",
+            f"be {codebook.backend!r}, which prepared it",
+            repr(backend),
+            fix,
+        )
+    return codebook.backend, codebook.parts, codebook.codes
 
 
 def nearest_code(
-    x: Tensor, codebook: Tensor, *, exact: bool = True, backend: str | None = None
+    x: Tensor, codebook: Tensor | PreparedCodebook, *, exact: bool = True, backend: str | None = None
 ) -> NearestCode:
     """Find the nearest code of each row, without an N x K matrix.
 
@@ -106,10 +178,12 @@ def nearest_code(
 
     Args:
         x: (..., D) float16, bfloat16, float32 or float64, any strides.
-        codebook: (K, D), any of these dtypes (not necessarily that of x), K >= 1, same device.
+        codebook: (K, D), any of these dtypes (not necessarily that of x), K >= 1, same device; or what `prepare`
+            made of one.
         exact: False skips the certificate: the winner of the backend's own precision, which may miss the least
             squared distance by four times that precision's error bound.
-        backend: "native", "triton" or "reference"; by default the fastest that accepts the inputs.
+        backend: "native", "triton" or "reference"; by default the fastest that accepts the inputs, or the one that
+            prepared the codebook.
 
     Returns:
         indices: (...) int64.
@@ -117,11 +191,14 @@ def nearest_code(
 
     Raises:
         TypeError: a dtype is not floating-point.
-        ValueError: shapes or devices do not match, or K = 0.
+        ValueError: shapes or devices do not match, or K = 0, or the codebook was prepared for another dtype or backend.
         BackendError: `backend` cannot run these inputs.
     """
+    parts: list[Tensor] = []
+    if isinstance(codebook, PreparedCodebook):
+        backend, parts, codebook = _prepared(x, codebook, backend)
     check_pair("nearest_code", x, codebook)
     check_flag("nearest_code", "exact", exact)
     flat = collapse(x.detach())
-    indices, sq_dist = nearest_code_op(flat, codebook.detach(), None, exact, backend=backend)
+    indices, sq_dist = nearest_code_op(flat, codebook.detach(), None, exact, parts, backend=backend)
     return NearestCode(indices.view(x.shape[:-1]), sq_dist.view(x.shape[:-1]))
