@@ -2,6 +2,7 @@
 # make test    all tests of a machine without a GPU
 # make check   format, lint, types, then the tests
 # make bench   time the ops beside their peers
+# make gpu     on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,9 +12,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt vqkernels/__init__.py $(shell 
 FORMATTED := vqkernels python_tests bench setup.py
 
 # the interpreter of triton needs a process of its own
-INTERPRETED := $(addprefix python_tests/test_,nearest_code.py philox.py directional.py code_sums.py compile.py)
+INTERPRETED := $(addprefix python_tests/test_,nearest_code.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py)
 
-.PHONY: demo test check check-all bench lint format native clean
+.PHONY: demo test check check-all bench gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -30,6 +31,9 @@ check-all: lint
 
 bench: $(VENV)/bench
 	$(PY) bench/run.py
+
+gpu:
+	$(PYTHON) bench/gpu.py
 
 lint: $(VENV)/test
 	$(PY) -m ruff check $(FORMATTED)

@@ -1,7 +1,9 @@
 """Who commits, and when: copies, several optimizers, interrupted runs, and several processes."""
 
 import copy
+import os
 import socket
+import sys
 
 import pytest
 import torch
@@ -127,6 +129,9 @@ def steps(batches, rank):
 
 def on_rank(rank, port, batches, uneven, queue):
     torch.set_num_threads(1)
+    if sys.platform.startswith("linux"):
+        # a machine without a network cannot tell gloo its own address
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     if uneven:
         said = []

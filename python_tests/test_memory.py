@@ -4,7 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import INTERPRETED
+
+import vqkernels as vq
+from vqkernels.ops import OPS
+from vqkernels.testing import DEVICE
 
 MEASURE = """
 import sys, torch, vqkernels as vq
@@ -27,6 +32,33 @@ z = run(x, codes, backend=sys.argv[2]).z
 z.backward(grad)
 print(peak() - before - outputs)
 """
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="it needs VQKERNELS_TEST_DEVICE=cuda and a GPU")
+@pytest.mark.parametrize("function", ["diveq", "sf_diveq"])
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_peak_of_a_step_on_a_gpu(function, name):
+    """Forward and backward at (65536, 8192, 256) bfloat16 within twice the latents above inputs and outputs."""
+    reason = OPS["directional_backward"].explain_for(DEVICE, (torch.bfloat16,))[name]
+    if reason is not None:
+        pytest.skip(reason)
+    # the nan that tests write into fresh memory would not count, the fixed order of sums would
+    torch.use_deterministic_algorithms(False)
+    x, grad = (torch.randn(65536, 256, device=DEVICE).bfloat16() for _ in range(2))
+    codes = torch.randn(8192, 256, device=DEVICE).bfloat16().requires_grad_()
+
+    def step():
+        leaf = x.detach().requires_grad_()
+        z, indices = getattr(vq, function)(leaf, codes, backend=name)[:2]
+        return z.detach(), indices, *torch.autograd.grad(z, (leaf, codes), grad)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = sum(each.nbytes for each in step())
+    extra = torch.cuda.max_memory_allocated() - before - outputs
+    assert extra < 2 * x.nbytes, f"{extra / x.nbytes:.2f} times the latents"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")

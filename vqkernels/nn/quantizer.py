@@ -40,6 +40,10 @@ class VectorQuantizer(nn.Module):
     mode the result is deterministic and `decode(indices).to(x.dtype)` equals z for finite rows, except in the mode
     "curve", which is no code. In a process group every rank must hold as many rows as the others.
 
+    A training step can be captured in a CUDA graph, after a few steps that were not, and draws new noise on each
+    replay. What has a schedule runs on the host: with replacement, leave the optimizer unfollowed and call
+    `commit(optimizer)` before the capture and after each replay. Without, `follow` as always.
+
     Args:
         codebook: where codes come from.
         estimator: how gradients cross.
@@ -171,6 +175,8 @@ class VectorQuantizer(nn.Module):
         """Catch up with the commit that nobody called since the last training forward."""
         if _recomputing():
             return
+        if _capturing(self.codebook.weight.device):
+            self._check_capture()
         if self._followed:
             self._uncommitted = True
             return
@@ -183,6 +189,22 @@ class VectorQuantizer(nn.Module):
         if self._uncommitted:
             self.commit()
         self._uncommitted = True
+
+    def _check_capture(self) -> None:
+        """Refuse what a replay would do otherwise than a step: the host's part in it happens only once."""
+        op = "VectorQuantizer"
+        if not self.initialized:
+            requirement = "be initialized to be captured in a CUDA graph"
+            refuse(RuntimeError, op, "codebook", requirement, "a warm-up under way", "Capture after it")
+        if (self._followed or self._uncommitted) and not all(part.idle for part in self._parts()):
+            requirement = (
+                "be committed by hand where a CUDA graph is captured, for replays advance no schedule"
+            )
+            got = "a followed optimizer" if self._followed else "a forward that waits for its commit"
+            fix = (
+                "Call quantizer.commit(optimizer) before the capture and after each replay, and follow nobody"
+            )
+            refuse(RuntimeError, op, "upkeep", requirement, got, fix)
 
     def _observe(self, x: Tensor, indices: Tensor | None) -> None:
         if _recomputing():
@@ -265,6 +287,13 @@ class VectorQuantizer(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Continue counting commits from a loaded state."""
         self._step, self._uncommitted = int(state[0]), bool(state[1])
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether this forward is captured in a CUDA graph, whose replays do not run it again."""
+    # a build of torch without cuda has no answer to the question
+    on_cuda = device.type == "cuda" and not torch.compiler.is_compiling()
+    return on_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _recomputing() -> bool:

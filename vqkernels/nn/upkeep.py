@@ -23,6 +23,11 @@ class Upkeep(nn.Module):
     # True once a quantizer owns it
     bound = False
 
+    @property
+    def idle(self) -> bool:
+        """Whether `observe` and `commit` will do nothing any more."""
+        return False
+
     def bind(self, num_codes: int, dim: int, num_indices: int) -> None:
         """Told once, by the quantizer: K, D and how many values a training index takes."""
 
@@ -161,6 +166,10 @@ class LatentMeans(Upkeep):
         # a ring, and one more row for what must not be kept
         self.register_buffer("recent", torch.zeros(num_codes * self.latents_per_code + 1, dim))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def idle(self) -> bool:
+        return self.ready
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor | None) -> None:

@@ -1,0 +1,213 @@
+"""What is kept of a measurement: one JSON object per line, and tables made of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from timing import Floors
+
+from vqkernels import native
+
+Record = dict[str, object]
+Shape = tuple[int, int, int]
+
+# what makes two measurements the same measurement
+KEY = ("case", "shape", "dtype", "name")
+
+
+def facts(device: torch.device) -> Record:
+    """Where and with what a process measures."""
+    ran = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "machine": platform.processor() or platform.machine(),
+        "isa": native.facts().get("isa"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "commit": ran.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def bounds_ms(case: str, shape: Shape, itemsize: int, floors: Floors) -> tuple[float | None, float | None]:
+    """Least milliseconds by tensor cores (2NKD operations) and by memory (everything moved once)."""
+    n, k, d = shape
+    rows = 1 if case == "search" else 5
+    moved = itemsize * (rows * n * d + (1 if case == "search" else 2) * k * d) + 12 * n
+    return (
+        None if floors.flops is None else 2e3 * n * k * d / floors.flops,
+        None if floors.bandwidth is None else 1e3 * moved / floors.bandwidth,
+    )
+
+
+def measurement(
+    case: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    name: str,
+    times: Sequence[float],
+    *,
+    floors: Floors,
+    over: float,
+    extra: Record,
+) -> Record:
+    """Describe the timed rounds of one contender; `over` is the median it is compared with."""
+    n, k, d = shape
+    median = statistics.median(times)
+    tensor, memory = bounds_ms(case, shape, dtype.itemsize, floors)
+    bound = None if tensor is None or memory is None else max(tensor, memory)
+    return {
+        "case": case,
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "name": name,
+        "ms_p50": round(median, 5),
+        "ms_min": round(min(times), 5),
+        "ms_max": round(max(times), 5),
+        "rounds": len(times),
+        "over_ours": round(median / over, 3),
+        "tflops": round(2e-9 * n * k * d / median, 4),
+        "tensor_share": None if tensor is None else round(tensor / median, 4),
+        "floor_share": None if bound is None else round(bound / median, 4),
+        "floor_ms": None if bound is None else round(bound, 5),
+        **extra,
+    }
+
+
+def line(record: Record) -> str:
+    """One measurement for people."""
+    words = [
+        f"  {record['name']!s:32s} {record['ms_p50']:10.3f} ms  ({record['ms_min']:.3f} to {record['ms_max']:.3f})"
+        f"  {record['over_ours']:7.2f}x"
+    ]
+    if record.get("tensor_share") is not None:
+        words.append(f"{record['tflops']:6.1f} TFLOP/s {record['tensor_share']:6.1%}")
+    if record.get("graph_ms") is not None:
+        words.append(f"graph {record['graph_ms']:.4f} ms")
+    if record.get("extra_mb") is not None:
+        words.append(f"{record['extra_mb']:.1f} MB")
+    if record.get("agreement") is not None:
+        words.append(f"float64 agreement {record['agreement']:.6f}")
+    return "  ".join(words)
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Add lines to a file, whose folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read(path: Path) -> tuple[list[Record], int]:
+    """The records of a file, and how many of its lines are none."""
+    found: list[Record] = []
+    malformed = 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            malformed += 1
+            continue
+        if _is_record(value):
+            found.append(value)
+        else:
+            malformed += 1
+    return found, malformed
+
+
+def _is_record(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("case"), str):
+        return False
+    shape, name = value.get("shape"), value.get("name")
+    shaped = isinstance(shape, list) and len(shape) == 3 and all(isinstance(size, int) for size in shape)
+    if not shaped or not isinstance(name, str):
+        return False
+    times = [value.get(key) for key in ("ms_p50", "ms_min", "ms_max")]
+    # a line without times is a count, not a measurement
+    if times == [None] * 3:
+        return True
+    return all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 < t < 1e9 for t in times)
+
+
+def key(record: Record) -> tuple:
+    """What a measurement is of; lines older than the field dtype are of float32."""
+    parts = {"dtype": "float32"} | record
+    return tuple(tuple(part) if isinstance(part, list) else part for part in (parts[name] for name in KEY))
+
+
+def timed(records: Iterable[Record]) -> dict[tuple, Record]:
+    """Measurements by key; of several, the last."""
+    return {key(record): record for record in records if record.get("ms_p50") is not None}
+
+
+def table(records: Iterable[Record]) -> str:
+    """Milliseconds of every contender, one row per shape; of ours with the share of the tensor floor."""
+    records = list(records)
+    by_case: dict[tuple, dict[tuple, dict[str, Record]]] = {}
+    for (case, shape, dtype, name), record in timed(records).items():
+        by_case.setdefault((case, dtype), {}).setdefault(shape, {})[name] = record
+    lines: list[str] = []
+    for (case, dtype), rows in by_case.items():
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        short = [_short(name) for name in names]
+        cells = [[_cell(row.get(name)) for name in names] for row in rows.values()]
+        widths = [max(len(s), *(len(row[i]) for row in cells)) for i, s in enumerate(short)]
+        lines.append(f"{case} {dtype}, ms (share of the tensor floor)")
+        lines.append(f"{'N,K,D':20s}" + " ".join(f"{s:>{w}}" for s, w in zip(short, widths, strict=True)))
+        for shape, row in zip(rows, cells, strict=True):
+            told = " ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
+            lines.append(f"{','.join(map(str, shape)):20s}{told}")
+    for record in records:
+        if record["case"] == "agreement":
+            of = f"{record.get('rows_wrong')} of {record['shape'][0]} rows"
+            lines.append(f"{record['name']} {record.get('dtype')}: {of} differ from float64")
+    return "\n".join(lines)
+
+
+_WORDS = {
+    "vqkernels ": "",
+    "torch.cdist + argmin": "cdist",
+    "chunked addmm + argmin": "addmm",
+    "compiled addmm + argmin": "compiled",
+    "flash-kmeans, norms given": "flash-",
+    "flash-kmeans": "flash",
+    "vector-quantize-pytorch (EMA)": "vqp",
+    "plain PyTorch DiVeQ": "plain",
+    "compiled PyTorch DiVeQ": "compiled",
+    "diveq DIVEQ": "diveq 0.1",
+}
+
+
+def _short(name: str) -> str:
+    for long, short in _WORDS.items():
+        name = name.replace(long, short)
+    return name
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    shown = f"{record['ms_p50']:.3g}"
+    return shown if record.get("tensor_share") is None else f"{shown} {record['tensor_share']:.0%}"

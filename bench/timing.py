@@ -1,0 +1,214 @@
+"""Clocks: what a call takes on the host or on a GPU, interleaved between contenders."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# rounds of a case whose number follows from the time it may take
+FEWEST, MOST = 5, 60
+# calls in one captured graph
+CAPTURED = 10
+# of the product and of the copy that tell what the device can do
+_SIDE, _COPIED = 8192, 1 << 30
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What the device can do at most, measured in the same process; None where nobody knows.
+
+    Attributes:
+        flops: operations per second of a large half-precision matrix product.
+        bandwidth: bytes per second of a large copy, reads plus writes.
+        launch_ms: a kernel of one element, between two events.
+        replay_ms: the same kernel as one of many nodes of a replayed graph.
+    """
+
+    flops: float | None = None
+    bandwidth: float | None = None
+    launch_ms: float | None = None
+    replay_ms: float | None = None
+
+
+class HostClock:
+    """Wall-clock time of calls that return when they are done."""
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Milliseconds of one call."""
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+    def extra_bytes(self, run: Callable[[], object]) -> int | None:
+        """Peak memory above inputs and outputs; unknown on the host."""
+        return None
+
+    def replayed(self, runs: Sequence[Callable[[], object]], rounds: int) -> float | None:
+        """Milliseconds of a call in a captured graph; there are none on the host."""
+        return None
+
+    def floors(self, dtype: torch.dtype) -> Floors:
+        """Nobody measured them here."""
+        return Floors()
+
+    def free_bytes(self) -> int | None:
+        """Unknown: contenders may use what they want."""
+        return None
+
+
+class DeviceClock:
+    """CUDA events around calls; before each, a buffer four times the size of L2 is overwritten.
+
+    The overwriting keeps the device busy while the host queues the call, so that what is measured is what the
+    device does, and the gaps between launches only where the host cannot keep up.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        properties = torch.cuda.get_device_properties(device)
+        l2 = getattr(properties, "L2_cache_size", 1 << 26)
+        self._flushed = torch.empty(4 * l2, dtype=torch.uint8, device=device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Milliseconds of one call, L2 cold."""
+        self._flushed.zero_()
+        return self._between_events(run)
+
+    def _between_events(self, run: Callable[[], object]) -> float:
+        self._start.record()
+        run()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end)
+
+    def extra_bytes(self, run: Callable[[], object]) -> int | None:
+        """Peak memory of one call above what was there before and what it returns."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        kept = run()
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        return max(0, peak - sum(t.untyped_storage().nbytes() for t in _tensors(kept)))
+
+    def replayed(self, runs: Sequence[Callable[[], object]], rounds: int) -> float | None:
+        """Milliseconds per call of one captured graph of all calls, the median of its replays."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for run in runs:
+                run()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = [run() for run in runs]
+        graph.replay()
+        times = [self.time(graph.replay) / len(runs) for _ in range(rounds)]
+        del graph, kept
+        return statistics.median(times)
+
+    def floors(self, dtype: torch.dtype) -> Floors:
+        """Rates of a matrix product and a copy, and what a launch costs, in about a tenth of a second."""
+        half = torch.float16 if dtype == torch.float32 else dtype
+        one = torch.zeros(1, device=self._device)
+        return Floors(
+            flops=2 * _SIDE**3 / self._product(half) * 1e3,
+            bandwidth=2 * _COPIED / self._copy() * 1e3,
+            launch_ms=self._median(one.zero_),
+            replay_ms=self.replayed([one.zero_] * 100, 20),
+        )
+
+    def _product(self, dtype: torch.dtype) -> float:
+        a, b, out = (torch.randn(_SIDE, _SIDE, device=self._device).to(dtype) for _ in range(3))
+        return self._median(lambda: torch.mm(a, b, out=out))
+
+    def _copy(self) -> float:
+        source = torch.empty(_COPIED, dtype=torch.uint8, device=self._device)
+        target = torch.empty_like(source)
+        return self._median(lambda: target.copy_(source))
+
+    def _median(self, run: Callable[[], object]) -> float:
+        return statistics.median([self.time(run) for _ in range(23)][3:])
+
+    def free_bytes(self) -> int | None:
+        """What a contender may allocate."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
+
+
+Clock = HostClock | DeviceClock
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for a device."""
+    return DeviceClock(device) if device.type == "cuda" else HostClock()
+
+
+@dataclass
+class Failure:
+    """Why a contender has no result."""
+
+    reason: str
+
+
+def attempt(run: Callable[[], object]) -> object | Failure:
+    """What a call returns, or, in one line, what it raised."""
+    try:
+        return run()
+    # a contender is somebody else's code: whatever it raises is its result
+    except Exception as error:  # noqa: BLE001
+        words = str(error).strip().splitlines() or [""]
+        return Failure(f"{type(error).__name__}: {words[0][:200]}")
+
+
+def interleaved(
+    clock: Clock,
+    runs: dict[str, Callable[[], object]],
+    *,
+    rounds: int | None = None,
+    seconds: float = 0.0,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds of each run, one of each per round, after one round of warm-up.
+
+    Args:
+        clock: measures.
+        runs: by name of the contender.
+        rounds: how many; None for as many as fit into `seconds`, within FEWEST and MOST.
+        seconds: for all rounds together.
+
+    Returns:
+        Times by name, and the reason for each run that failed on the way.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, str] = {}
+    began = time.perf_counter()
+    wanted = rounds
+    done = 0
+    while wanted is None or done <= wanted:
+        for name, run in runs.items():
+            if name in failed:
+                continue
+            found = attempt(lambda run=run: clock.time(run))
+            if isinstance(found, Failure):
+                failed[name] = found.reason
+            else:
+                times[name].append(found)
+        done += 1
+        if wanted is None:
+            # the first round is the warm-up and tells what the others will take
+            took = time.perf_counter() - began
+            wanted = int(min(MOST, max(FEWEST, seconds / max(took, 1e-6))))
+    return {name: values[1:] for name, values in times.items() if name not in failed}, failed
+
+
+def _tensors(value: object) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
