@@ -30,7 +30,7 @@ import triton.language as tl
 
 from vqkernels.kernels._common import is_finite, row_offsets
 from vqkernels.kernels._points import load_facts, load_near_point, load_point, scale_of
-from vqkernels.kernels._search import load_features, magnitude
+from vqkernels.kernels._search import FAR, load_features, magnitude
 
 _ULP = tl.constexpr(5.9604644775390625e-08)
 _NONE = tl.constexpr(2147483647.0)
@@ -249,7 +249,7 @@ def finish(
         half_norm = load_facts(facts, programs, 2, BLOCK_P) * ratio
         bound = _error_bound(size, gone, kept, loss, half_norm, raised, ratio, features)
         # below 0 integers order the other way; the bound forbids it but for rows of 2^14 features and more
-        ordered = (best >= 0.0) & (best < infinity)
+        ordered = (best >= 0.0) & (half_norm + raised < 0.1 * FAR)
         certain = ordered & (following.to(tl.float64) - best.to(tl.float64) > 2.0 * bound)
         if MEMBERS > 1:
             spread = (features + 4.0) * (2.0 * _ULP)

@@ -25,6 +25,7 @@ class Form:
         packed: keep the code itself and the next one, not the group: more instructions, no choice at the end.
         warps, stages: what the compiler calls num_warps and num_stages.
         parts: parts of a tile that are held by different threads, so that no group crosses them.
+        described: points are read through a tensor descriptor, for rows of one chunk or of many.
     """
 
     block_n: int
@@ -34,6 +35,7 @@ class Form:
     warps: int
     stages: int
     parts: int = 1
+    described: bool = False
 
     @property
     def members(self) -> int:
@@ -132,6 +134,21 @@ def choose(arch: int, features: int, num_points: int, scaled: bool) -> Form:
     form = _TABLE[bucket(arch, features, num_points)]
     crowded = form.warps == 4 and form.block_k == 128 and form.group == 4
     return replace(form, block_k=64) if scaled and crowded else form
+
+
+def alternatives(arch: int, features: int, num_points: int, scaled: bool) -> list[Form]:
+    """Forms to measure beside the chosen one: other groups, tiles and warps, and descriptors where they exist."""
+    form = choose(arch, features, num_points, scaled)
+    others = [replace(form, group=group) for group in (4, 8, 16) if not form.packed and group != form.group]
+    others.append(replace(form, packed=not form.packed, group=4))
+    others += [replace(form, stages=stages) for stages in (2, 3, 4) if stages != form.stages]
+    if form.block_k > 64 and form.parts == 1:
+        others.append(replace(form, block_k=form.block_k // 2))
+    if form.warps == 4:
+        others.append(replace(form, block_n=256, block_k=64, warps=8, parts=2 if arch >= 100 else 1))
+    if arch >= 90 and len(chunks_of(features)) <= 1:
+        others += [replace(each, described=True) for each in (form, *others[:2])]
+    return others
 
 
 def all_buckets() -> list[tuple[int, int, int]]:

@@ -107,11 +107,13 @@ def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = 
     first, second, third = (*chunks, 0, 0, 0)[:3] if chunks else (LOOP_BLOCK, 0, 0)
     # long rows were copied before, if they had to be scaled
     source = torch.float16 if plan.scaled and not chunks else plan.x
+    # one descriptor has one block: it cannot serve rows of several chunks
+    described = form.described and not second
     even = features == padded or (plan.scaled and not chunks)
     return Configuration(
         name=f"nearest_code_search_{TYPES[source]}_{TYPES[plan.searched]}{'_scaled' if plan.scaled else ''}"
         f"_d{'+'.join(map(str, chunks)) or 'loop'}{'' if even else '_odd'}_{form.block_n}x{form.block_k}"
-        f"_g{form.group}{'_packed' if form.packed else ''}{'_parts' if form.parts > 1 else ''}{'' if exact else '_fast'}",
+        f"_g{form.group}{'_packed' if form.packed else ''}{'_parts' if form.parts > 1 else ''}{'_described' if described else ''}{'' if exact else '_fast'}",
         kernel=search,
         constants={
             "SCALED": plan.scaled,
@@ -127,10 +129,13 @@ def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = 
             "SECOND_D": second,
             "THIRD_D": third,
             "LOOP": not chunks,
+            "DESCRIBED": described,
         },
         types={
             "x": f"*{TYPES[source]}",
-            "points": f"*{TYPES[plan.searched]}",
+            "points": f"tensordesc<{TYPES[plan.searched]}[{form.block_k}, {first}]>"
+            if described
+            else f"*{TYPES[plan.searched]}",
             "half_norms": "*fp32",
             "centre": "*fp32",
             "scales": "*fp32",

@@ -30,6 +30,8 @@ from vqkernels.kernels._points import scale_of
 MOST = tl.constexpr(16777216.0)
 # what half a squared distance is raised by, relative to the row's own norm
 RAISE = tl.constexpr(1.001953125)
+# what a point that must lose is away, and what no score that is trusted comes near
+FAR = tl.constexpr(1e38)
 NOTHING = tl.constexpr(2147483647)
 INFINITY_BITS = tl.constexpr(2139095040)
 
@@ -234,12 +236,14 @@ def search(
     SECOND_D: tl.constexpr,
     THIRD_D: tl.constexpr,
     LOOP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """Of one share of the points, for each row: the best group, its score, and the score of the runner-up.
 
     Rows of up to BLOCK_D + SECOND_D + THIRD_D features stay on chip. With LOOP they are read again for every tile,
     and were scaled before, by `halve`; else their scale is found here, and written. Runners-up are kept only
-    where they will be asked for (CERTIFIED).
+    where they will be asked for (CERTIFIED). DESCRIBED points come as a tensor descriptor, which the copy engine of
+    Hopper and later reads.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     share = tl.program_id(1)
@@ -249,7 +253,6 @@ def search(
     # the last program repeats its last row: nothing in the loop needs a mask
     start = x + row_offsets(tl.minimum(row, num_rows - 1), inner, x_outer, x_inner)
     column = tl.arange(0, BLOCK_K)
-    code = column.to(tl.int64)
     feature = tl.arange(0, BLOCK_D)
     ratio = 1.0
     if LOOP:
@@ -289,26 +292,37 @@ def search(
     else:
         best = tl.full((BLOCK_N, slots), float("inf"), tl.float32)
     following = best
-    at = points + code[None, :] * padded_features + feature[:, None]
+    # one wide address for a tile, narrow ones within it
+    at = column[None, :] * padded_features + feature[:, None]
+    tile_size = tl.full((), BLOCK_K, tl.int64) * padded_features
     norm_at = half_norms + column
     for tile in tl.range(begin, end, flatten=LOOP):
         half_norm = tl.load(norm_at + tile * BLOCK_K)
         if SCALED:
             half_norm *= ratio
+        # a number in the low bits of inf would make a nan of it
+        half_norm = tl.minimum(half_norm, FAR)
         score = half_norm[None, :] + raised[:, None]
-        here = (tl.zeros((1, 1), tl.int64) + tile) * BLOCK_K * padded_features
+        if not DESCRIBED:
+            here = points + tile_size * tile
         if LOOP:
             for first in range(0, padded_features, BLOCK_D):
                 part = load_features(start, first + feature, features, x_feature, centre, False, EVEN)
-                score = tl.dot(part, tl.load(at + (here + first)), score)
+                if DESCRIBED:
+                    point = tl.trans(points.load([tile * BLOCK_K, first]))
+                else:
+                    point = tl.load(here + first + at)
+                score = tl.dot(part, point, score)
+        elif DESCRIBED:
+            score = tl.dot(value, tl.trans(points.load([tile * BLOCK_K, 0])), score)
         else:
-            score = tl.dot(value, tl.load(at + here), score)
+            score = tl.dot(value, tl.load(here + at), score)
             if SECOND_D > 0:
-                where = points + here + code[None, :] * padded_features + second_feature[:, None]
-                score = tl.dot(second_value, tl.load(where), score)
+                where = column[None, :] * padded_features + second_feature[:, None]
+                score = tl.dot(second_value, tl.load(here + where), score)
             if THIRD_D > 0:
-                where = points + here + code[None, :] * padded_features + third_feature[:, None]
-                score = tl.dot(third_value, tl.load(where), score)
+                where = column[None, :] * padded_features + third_feature[:, None]
+                score = tl.dot(third_value, tl.load(here + where), score)
         best, following = _update(
             score, best, following, tile - begin, mask, INTEGER, PACKED, CERTIFIED, GROUP, PARTS,
             BLOCK_N, BLOCK_K,

@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vqkernels.dispatch import BackendError
 
 from vqkernels.kernels._common import architecture, on_device_of, processors
-from vqkernels.kernels._forms import PAD, choose, chunks_of, padded_features_of
+from vqkernels.kernels._forms import PAD, Form, alternatives, choose, chunks_of, padded_features_of
 from vqkernels.kernels._plans import (
     LENGTH,
     PREPARES,
@@ -31,6 +34,7 @@ from vqkernels.kernels._plans import (
 from vqkernels.kernels._plans import configurations as configurations
 from vqkernels.kernels._plans import searches as searches
 from vqkernels.kernels._points import NUM_FACTS
+from vqkernels.kernels._tuning import key_of, milliseconds, tuned_form, wanted
 
 
 def prepare_codes(codebook: Tensor, x_dtype: torch.dtype) -> list[Tensor]:
@@ -83,14 +87,29 @@ def launch(
     x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Indices int64 and squared distances float32 of (B, M, D) rows."""
+    rows = x.shape[0] * x.shape[1]
+    if rows >= 1 << 31:
+        raise BackendError(f"nearest_code: triton takes fewer than 2^31 rows; got {rows}. Split the batch.")
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     sq_dist = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    if indices.numel():
-        with on_device_of(x):
-            plan = Plan(x.dtype, codebook.dtype, dither is not None)
-            _launch(
-                x, codebook, dither, exact, parts or _parts(codebook, dither, plan), plan, indices, sq_dist
+    if rows == 0:
+        return indices, sq_dist
+    plan = Plan(x.dtype, codebook.dtype, dither is not None)
+    sizes = architecture(x), x.shape[-1], len(codebook) - plan.dithered, plan.scaled
+    with on_device_of(x):
+        prepared = parts or _parts(codebook, dither, plan)
+
+        def run(form: Form) -> None:
+            _launch(x, codebook, dither, exact, prepared, plan, form, indices, sq_dist)
+
+        form = choose(*sizes)
+        file = wanted(x)
+        if file is not None:
+            key = key_of(torch.cuda.get_device_name(x.device), *sizes, rows)
+            form = tuned_form(
+                file, key, form, alternatives(*sizes), lambda each: milliseconds(lambda: run(each))
             )
+        run(form)
     return indices, sq_dist
 
 
@@ -101,6 +120,7 @@ def _launch(
     exact: bool,
     parts: list[Tensor],
     plan: Plan,
+    form: Form,
     indices: Tensor,
     sq_dist: Tensor,
 ) -> None:
@@ -108,7 +128,6 @@ def _launch(
     rows, features, inner = indices.numel(), x.shape[-1], x.shape[1]
     num_points, padded_features = len(codebook) - plan.dithered, points.shape[1]
     arch = architecture(x)
-    form = choose(arch, features, num_points, plan.scaled)
     row_tiles, tiles = triton.cdiv(rows, form.block_n), triton.cdiv(num_points, form.block_k)
     # a small batch fills the device by splitting the points
     shares = max(1, min(tiles, 2 * processors(x) // row_tiles, 64))
@@ -127,10 +146,13 @@ def _launch(
         halve_form(plan, form.block_n).launch(
             (row_tiles,), x, centre, source, scales, rows, inner, features, padded_features, *x.stride()
         )
-    search_form(plan, form, features, arch, exact).launch(
+    searching = search_form(plan, form, features, arch, exact)
+    described = searching.constants["DESCRIBED"]
+    block = [form.block_k, searching.constants["BLOCK_D"]]
+    searching.launch(
         (row_tiles, shares),
         source,
-        points,
+        TensorDescriptor(points, points.shape, points.stride(), block) if described else points,
         half_norms,
         centre,
         scales,
