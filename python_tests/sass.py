@@ -8,7 +8,39 @@ from dataclasses import dataclass
 
 # per multiprocessor and clock: 64 lanes of ALU (compare, min, max, select, logic, integer add), 128 of FMA
 ALU = frozenset(
-    ["FMNMX", "FMNMX3", "FSETP", "FSEL", "FSET", "SEL", "LOP3", "LOP", "ISETP", "VIMNMX", "VIMNMX3", "IMNMX", "PLOP3", "IADD3", "IADD", "LEA", "SHF", "SHL", "SHR", "PRMT", "MOV", "FCHK", "P2R", "R2P", "BMSK", "SGXT", "VABSDIFF", "POPC", "FLO", "BREV", "IABS"]
+    [
+        "FMNMX",
+        "FMNMX3",
+        "FSETP",
+        "FSEL",
+        "FSET",
+        "SEL",
+        "LOP3",
+        "LOP",
+        "ISETP",
+        "VIMNMX",
+        "VIMNMX3",
+        "IMNMX",
+        "PLOP3",
+        "IADD3",
+        "IADD",
+        "LEA",
+        "SHF",
+        "SHL",
+        "SHR",
+        "PRMT",
+        "MOV",
+        "FCHK",
+        "P2R",
+        "R2P",
+        "BMSK",
+        "SGXT",
+        "VABSDIFF",
+        "POPC",
+        "FLO",
+        "BREV",
+        "IABS",
+    ]
 )
 FMA = frozenset(["FADD", "FFMA", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FFMA2", "FMUL2"])
 MATRIX = frozenset(["HGMMA", "HMMA", "UTCHMMA", "QGMMA"])

@@ -1,5 +1,7 @@
 """code_sums against a loop in float64."""
 
+import importlib
+
 import pytest
 import torch
 from conftest import DTYPES
@@ -49,6 +51,39 @@ def test_collapsed(backend, need):
     """All rows in one code: the sum keeps its digits."""
     need("code_sums", torch.float32)
     check(torch.rand(30000, 3, device=DEVICE) + 100, torch.full((30000,), 2, device=DEVICE), 4, backend)
+
+
+@pytest.mark.parametrize("k", [4, 40000])
+def test_hot_and_cold_codes(k, backend, need):
+    """One code owns most of many rows, most codes own none."""
+    need("code_sums", torch.float32)
+    indices = torch.randint(0, k, (2500,), device=DEVICE)
+    indices[100:2400] = 3
+    x = torch.randn(2500, 3, device=DEVICE)
+    counts, sums = code_sums(x, indices, k, backend=backend)
+    assert torch.equal(counts, torch.bincount(indices, minlength=k))
+    expected = torch.zeros(k, 3, dtype=torch.float64, device=DEVICE).index_add_(0, indices, x.double())
+    size = torch.zeros_like(expected).index_add_(0, indices, x.double().abs())
+    assert ((sums - expected).abs() <= (counts + 1)[:, None] * torch.finfo(torch.float32).eps * size).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels"])
+def test_sums_in_a_fixed_order(layout, backend, need, monkeypatch):
+    """Beyond the size for atomics the sums are made as in torch's deterministic mode, to the bit."""
+    need("code_sums", torch.float32)
+    flat = torch.randn(300, 10, device=DEVICE)
+    x = strided(flat, layout)
+    indices = torch.randint(0, 9, x.shape[:-1], device=DEVICE)
+    expected = code_sums(x, indices, 9, backend=backend)
+    torch.use_deterministic_algorithms(False)
+    if backend == "triton":
+        module = importlib.import_module("vqkernels.kernels.code_sums")
+        monkeypatch.setattr(module, "MOST_ATOMICS", 2999)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(code_sums(x, indices, 9, backend=backend), expected, strict=True)
+        )
+    check(x, indices, 9, backend, flat=flat)
 
 
 def test_what_counts_for_nothing(backend, need):

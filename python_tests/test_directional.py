@@ -122,16 +122,6 @@ def test_noise_std(noise_std, backend, need):
 
 
 @MEMBER
-def test_tiny_differences(direction, segments, backend, need):
-    """x as near as 1e-30 to its code: squares of it underflow in float32."""
-    need("directional", torch.float32)
-    _, codes, indices, position = case((40, 9, 10), torch.float32, segments)
-    codes = codes * 1e-30
-    x = codes[indices] + 1e-31 * torch.randn(40, 10, device=DEVICE)
-    check(x, codes, indices, position, direction, backend, noise_std=1e-30)
-
-
-@MEMBER
 def test_row_on_its_code(direction, segments, backend, need):
     """r = 0: the gradient passes unchanged and the code gets none."""
     need("directional", torch.float32)
@@ -205,6 +195,7 @@ def test_masked_rows(direction, segments, backend, need):
     need("directional", torch.float32)
     x, codes, indices, position = case((40, 9, 10), torch.float32, segments)
     indices[3], indices[7] = -1, 9
+    x[3, 2] = torch.nan
     if segments:
         indices[11] = 8
     z, gx, gc = differentiate(

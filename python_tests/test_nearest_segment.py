@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import DTYPES
+from conftest import DTYPES, INTERPRETED
 
 from vqkernels import nearest_code, nearest_segment
-from vqkernels.testing import DEVICE, LAYOUTS, brute_force_segment, strided
+from vqkernels.testing import DEVICE, LAYOUTS, brute_force_segment, clusters, strided
 
 
 def check(x, codes, backend, flat=None):
@@ -21,7 +21,7 @@ def check(x, codes, backend, flat=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 2, 1), (40, 9, 3), (20, 60, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 1), (40, 9, 3), (20, 60, 17), (15, 66, 65), (30, 130, 2)], ids=str)
 def test_equals_brute_force(shape, dtype, backend, need):
     need("nearest_segment", dtype)
     n, k, d = shape
@@ -37,6 +37,85 @@ def test_layouts(layout, backend, need):
     need("nearest_segment", torch.float32)
     x = torch.randn(30, 5, device=DEVICE)
     check(strided(x, layout), torch.randn(9, 5, device=DEVICE), backend, flat=x)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [(torch.float16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_mixed_dtypes(pair, backend, need):
+    need("nearest_segment", *pair)
+    x, codes = clusters(30, 70, 10)
+    check(x.to(pair[0]), codes.to(pair[1]), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_vertices(offset, dtype, backend, need):
+    """Rows beyond a code, whose nearest point it is, at every place along the curve."""
+    need("nearest_segment", dtype)
+    # a star: each arm goes out and back, so every tip is a vertex that two segments share exactly
+    arms = torch.nn.functional.normalize(torch.randn(70, 12, device=DEVICE), dim=1) * 8
+    codes = torch.stack((arms, torch.zeros_like(arms)), 1).flatten(0, 1) + offset
+    x = arms * 1.25 + offset
+    segments = check(x.to(dtype), codes.to(dtype), backend)
+    # the arm that ends in the tip, not the one that starts there
+    expected = torch.arange(-1, 139, 2, device=DEVICE).clamp_min(0)
+    assert offset or torch.equal(segments, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18])
+def test_scales(scale, backend, need):
+    """Products, lengths and their inverses leave the range of float32."""
+    need("nearest_segment", torch.float32)
+    x, codes = clusters(20, 70, 6)
+    check(x * scale, codes * scale, backend)
+    check(x, codes * scale, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_runs_of_one_code(dtype, backend, need):
+    """Segments of no length, in runs that cross groups and tiles, and nearly so."""
+    need("nearest_segment", dtype)
+    codes = torch.randn(10, 5, device=DEVICE).to(dtype).repeat_interleave(14, 0)
+    x = torch.cat((torch.randn(20, 5, device=DEVICE).to(dtype), codes[::7]))
+    check(x, codes, backend)
+    near = codes + torch.finfo(dtype).eps * torch.randn(140, 5, device=DEVICE).to(dtype)
+    check(x, near, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_against_the_reference(dtype, backend, need):
+    """More rows and segments than a loop in Python has time for."""
+    need("nearest_segment", dtype)
+    x, codes = clusters(700, 900, 20)
+    found = nearest_segment(x.to(dtype), codes.to(dtype), backend=backend)
+    expected = nearest_segment(x.to(dtype), codes.to(dtype), backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="looks into the kernels")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_few_rows_are_searched_in_float64(dtype, monkeypatch):
+    """A third of the rows are nearest to a code, which two segments share: the bound must not leave them open."""
+    from vqkernels.kernels import nearest_segment as module
+
+    counts = []
+
+    class Merge:
+        constants = module._MERGE.constants
+
+        def launch(self, grid, *args, merge=module._MERGE):
+            counts.append(int(args[1]))
+            merge.launch(grid, *args)
+
+    monkeypatch.setattr(module, "_MERGE", Merge())
+    x, codes = clusters(2000, 300, 16)
+    x = x + 0.5 * torch.randn_like(x)
+    found = nearest_segment(x.to(dtype), codes.to(dtype), backend="triton")
+    assert ((found.position == 0) | (found.position == 1)).sum() > 500
+    assert counts[0] <= 20
 
 
 def test_ties(backend, need):

@@ -4,10 +4,25 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRETED
 
 from vqkernels import philox
 from vqkernels.ops.philox import dither, philox_op
 from vqkernels.testing import DEVICE, NORMAL_ERROR
+
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from vqkernels.kernels._noise import normal_pair
+
+    @triton.jit
+    def pairs(first, second, cosine, sine, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        c, s = normal_pair(tl.load(first + at).to(tl.uint32), tl.load(second + at).to(tl.uint32))
+        tl.store(cosine + at, c)
+        tl.store(sine + at, s)
+
 
 # Random123 1.09, tests/kat_vectors, philox4x32 10: counter, key, result
 KNOWN = [
@@ -74,6 +89,24 @@ def test_dither(k, backend, need):
     assert torch.equal(lam, dither(seed, k, backend="reference"))
     # one segment's weight does not depend on how many there are
     assert torch.equal(lam, dither(seed, k + 9, backend=backend)[: k - 1])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="calls the kernels' own function")
+def test_normals_of_every_word():
+    """Each of the 2^24 radii, and 2^22 angles with the largest of them, within the stated bound."""
+
+    def worst(first, second, block=1 << 20):
+        found = torch.empty(2, first.numel())
+        pairs[(first.numel() // block,)](first, second, found[0], found[1], BLOCK=block)
+        exact = philox.normals(torch.stack((first, second), -1))
+        return (found.t() - exact).abs().max()
+
+    every = torch.arange(1 << 24) << 8
+    # the low byte of a word says nothing
+    noise = torch.randint(0, 256, every.shape)
+    assert worst(every + noise, torch.zeros_like(every) + noise) <= NORMAL_ERROR
+    angles = (torch.arange(1 << 22) << 10) + torch.randint(0, 1024, (1 << 22,))
+    assert worst(torch.zeros_like(angles), angles) <= NORMAL_ERROR
 
 
 def test_extreme_words():

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -51,10 +52,10 @@ def tuned_form(
     if key not in known:
         times = {form: measure(form) for form in dict.fromkeys((default, *candidates))}
         best = min(times, key=times.__getitem__)
+        found: dict[str, Any] = dataclasses.asdict(best)
         # another process may have added its own in the meantime
-        known = _read(path) | {
-            key: dataclasses.asdict(best) | {"ms": times[best], "default_ms": times[default]}
-        }
+        found |= {"ms": times[best], "default_ms": times[default]}
+        known = _read(path) | {key: found}
         _write(path, known)
     fields = [field.name for field in dataclasses.fields(Form)]
     try:
@@ -67,7 +68,7 @@ def _foreign(path: Path) -> str:
     return f"{FORMS}: {path} must hold forms of the search; got something else. Name a new file or remove it."
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:

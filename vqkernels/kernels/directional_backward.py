@@ -1,4 +1,11 @@
-"""The directional reparameterization, backward, in Triton: one kernel that draws the noise again."""
+"""The directional reparameterization, backward, in Triton: one row kernel that draws the noise again.
+
+The gradient of the codebook is added up by atomics or, where these would be slow or torch forbids them, by sums in
+a fixed order over rows sorted by code.
+"""
+
+# triton's stubs do not know what its compiler accepts
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -7,27 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqkernels.kernels._common import TYPES, Configuration, on_device_of, row_offsets
-from vqkernels.kernels._directions import any_not_finite, direction, load_rows, pulled, wide_sum
+from vqkernels.kernels._common import TYPES, Configuration, on_device_of
+from vqkernels.kernels._directions import direction, pull, pulled
 from vqkernels.kernels._noise import FIRST, SECOND
-from vqkernels.kernels._segments import segment_form, segment_sums, segments
-from vqkernels.kernels.directional import LARGEST_NOISE, store_rows, tile_of
+from vqkernels.kernels._rows import grid_of, load_each, load_rows, store_rows, tile_of, tile_rows
+from vqkernels.kernels._segments import key_dtype, segment_form, segment_sums
+from vqkernels.kernels.directional import LARGEST_NOISE
+
+# elements of x up to which sums are made by atomics: fewer are added in some 60 us at 73 G additions per second,
+# about what a sort and the walks along its result take to start; more of them, or hot codes, would take longer
+MOST_ATOMICS = 1 << 22
 
 
-@triton.jit
-def _strength(w_square, g_w, weight):
-    """weight (g . u) of each row, 0 for a zero direction."""
-    length = tl.sqrt(w_square)
-    return tl.where(length > 0, weight * (g_w / length).to(tl.float32), 0.0)
-
-
-@triton.jit
-def _add_to_codes(sums, index, feature, features, h, good, mask):
-    at = sums + index[:, None] * features + feature[None, :]
-    tl.atomic_add(at, h, mask=mask & good[:, None], sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["num_rows", "inner", "num_codes", "row_offset"])
+@triton.jit(do_not_specialize=["outer", "num_codes", "row_offset"])
 def _directional_backward(
     grad,
     x,
@@ -38,9 +37,8 @@ def _directional_backward(
     grad_x,
     sums,
     keys,
-    strengths,
-    distances,
-    num_rows,
+    factors,
+    outer,
     inner,
     num_codes,
     features,
@@ -60,116 +58,69 @@ def _directional_backward(
     DIRECTION: tl.constexpr,
     POINTS: tl.constexpr,
     ATOMIC: tl.constexpr,
-    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dL/dx, and either dL/dcodes by atomics or, per row, what the sums in a fixed order need."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = rows < num_rows
+    plane, begin, at, live = tile_rows(outer, inner, EVEN, BLOCK_N)
+    rows = (plane * inner + begin) + at
     column = tl.arange(0, BLOCK_D)
-    index = tl.load(indices + rows, mask=live, other=-1)
+    value = load_rows(
+        x + (plane * x_outer + begin * x_inner) + at * x_inner, live, column, features, x_feature, EVEN
+    )
+    g = load_rows(
+        grad + (plane * grad_outer + begin * grad_inner) + at * grad_inner,
+        live,
+        column,
+        features,
+        grad_feature,
+        EVEN,
+    )
+    index = load_each(indices + rows, live, EVEN)
     alive = (index >= 0) & (index <= num_codes - POINTS)
     index = tl.where(alive, index, 0)
-    weight = tl.zeros((BLOCK_N,), tl.float32)
+    start = codes + index * stride_code
+    weight = tl.full((BLOCK_N,), 1.0, tl.float32)
     if POINTS == 2:
-        weight = tl.load(position + rows, mask=live, other=0.0).to(tl.float32)
+        weight_2 = load_each(position + rows, live, EVEN).to(tl.float32)
+        weight = 1.0 - weight_2
     key = tl.load(seed)
     number = rows + row_offset
-    x_start = x + row_offsets(rows, inner, x_outer, x_inner)
-    g_start = grad + row_offsets(rows, inner, grad_outer, grad_inner)
-    out_start = grad_x + row_offsets(rows, inner, out_outer, out_inner)
 
-    if WHOLE:
-        mask = live[:, None] & (column < features)[None, :]
-        value = load_rows(x_start, column, x_feature, mask)
-        g = load_rows(g_start, column, grad_feature, mask)
-        bad = any_not_finite(value)
-        good = alive & (bad == 0)
-        _, e, w = direction(
-            value, codes, index, key, number, 0, column, mask, noise_std, stride_code, stride_feature,
-            FIRST, DIRECTION, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        strength = _strength(wide_sum(w, w), wide_sum(g, w), 1.0 - weight)
-        distance = tl.sqrt(wide_sum(e, e)).to(tl.float32)
-        h = pulled(e, strength, distance)
-        left = g - h
+    e = load_rows(start, live, column, features, stride_feature, EVEN) - value
+    w = direction(e, key, number, features, noise_std, FIRST, DIRECTION, EVEN, BLOCK_N, BLOCK_D)
+    left, first, second, bad = pull(value, g, e, w, weight, live, alive)
+    h = pulled(e, first, second)
+    left -= h
+    if ATOMIC:
+        good = live & alive & (bad == 0)
+        _add_to_codes(sums + index * features, h, good, column, features)
+    if POINTS == 2:
+        e = load_rows(start + stride_code, live, column, features, stride_feature, EVEN) - value
+        w = direction(e, key, number, features, noise_std, SECOND, DIRECTION, EVEN, BLOCK_N, BLOCK_D)
+        _, first_2, second_2, _ = pull(value, g, e, w, weight_2, live, alive)
+        h = pulled(e, first_2, second_2)
+        left -= h
         if ATOMIC:
-            _add_to_codes(sums, index, column, features, h, good, mask)
-        if POINTS == 2:
-            _, e, w = direction(
-                value, codes, index + 1, key, number, 0, column, mask, noise_std, stride_code, stride_feature,
-                SECOND, DIRECTION, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            strength_2 = _strength(wide_sum(w, w), wide_sum(g, w), weight)
-            distance_2 = tl.sqrt(wide_sum(e, e)).to(tl.float32)
-            h = pulled(e, strength_2, distance_2)
-            left = left - h
-            if ATOMIC:
-                _add_to_codes(sums, index + 1, column, features, h, good, mask)
-        else:
-            strength_2 = strength
-            distance_2 = distance
-        store_rows(out_start, column, out_feature, left, bad, alive, mask)
-    else:
-        bad = tl.zeros((BLOCK_N,), tl.int32)
-        e_square = tl.zeros((BLOCK_N,), tl.float64)
-        w_square = tl.zeros((BLOCK_N,), tl.float64)
-        g_w = tl.zeros((BLOCK_N,), tl.float64)
-        e_square_2 = tl.zeros((BLOCK_N,), tl.float64)
-        w_square_2 = tl.zeros((BLOCK_N,), tl.float64)
-        g_w_2 = tl.zeros((BLOCK_N,), tl.float64)
-        for first in range(0, features, BLOCK_D):
-            feature = first + column
-            mask = live[:, None] & (feature < features)[None, :]
-            value = load_rows(x_start, feature, x_feature, mask)
-            g = load_rows(g_start, feature, grad_feature, mask)
-            bad = tl.maximum(bad, any_not_finite(value))
-            _, e, w = direction(
-                value, codes, index, key, number, first, feature, mask, noise_std, stride_code,
-                stride_feature, FIRST, DIRECTION, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            e_square += wide_sum(e, e)
-            w_square += wide_sum(w, w)
-            g_w += wide_sum(g, w)
-            if POINTS == 2:
-                _, e, w = direction(
-                    value, codes, index + 1, key, number, first, feature, mask, noise_std, stride_code,
-                    stride_feature, SECOND, DIRECTION, BLOCK_N, BLOCK_D,
-                )  # fmt: skip
-                e_square_2 += wide_sum(e, e)
-                w_square_2 += wide_sum(w, w)
-                g_w_2 += wide_sum(g, w)
-        good = alive & (bad == 0)
-        strength = _strength(w_square, g_w, 1.0 - weight)
-        strength_2 = _strength(w_square_2, g_w_2, weight)
-        distance = tl.sqrt(e_square).to(tl.float32)
-        distance_2 = tl.sqrt(e_square_2).to(tl.float32)
-        # what is left needs no noise
-        for first in range(0, features, BLOCK_D):
-            feature = first + column
-            mask = live[:, None] & (feature < features)[None, :]
-            value = load_rows(x_start, feature, x_feature, mask)
-            left = load_rows(g_start, feature, grad_feature, mask)
-            e = load_rows(codes + index * stride_code, feature, stride_feature, mask) - value
-            h = pulled(e, strength, distance)
-            left -= h
-            if ATOMIC:
-                _add_to_codes(sums, index, feature, features, h, good, mask)
-            if POINTS == 2:
-                e = load_rows(codes + (index + 1) * stride_code, feature, stride_feature, mask) - value
-                h = pulled(e, strength_2, distance_2)
-                left -= h
-                if ATOMIC:
-                    _add_to_codes(sums, index + 1, feature, features, h, good, mask)
-            store_rows(out_start, feature, out_feature, left, bad, alive, mask)
+            _add_to_codes(sums + (index + 1) * features, h, good, column, features)
+    out = grad_x + (plane * out_outer + begin * out_inner) + at * out_inner
+    store_rows(out, left, live, column, features, out_feature, EVEN)
     if not ATOMIC:
-        tl.store(keys + rows, tl.where(good, index, num_codes), mask=live)
-        tl.store(strengths + rows, strength, mask=live)
-        tl.store(distances + rows, distance, mask=live)
+        total = outer.to(tl.int64) * inner
+        counted = tl.where(alive & (bad == 0), index, num_codes)
+        tl.store(keys + rows, counted.to(keys.dtype.element_ty), mask=live)
+        tl.store(factors + rows, first, mask=live)
+        tl.store(factors + total + rows, second, mask=live)
         if POINTS == 2:
-            tl.store(strengths + num_rows.to(tl.int64) + rows, strength_2, mask=live)
-            tl.store(distances + num_rows.to(tl.int64) + rows, distance_2, mask=live)
+            tl.store(factors + 2 * total + rows, first_2, mask=live)
+            tl.store(factors + 3 * total + rows, second_2, mask=live)
+
+
+@triton.jit
+def _add_to_codes(start, h, good, feature, features):
+    mask = good[:, None] & (feature < features)[None, :]
+    tl.atomic_add(start[:, None] + feature[None, :], h, mask=mask, sem="relaxed")
 
 
 def _form(
@@ -177,23 +128,26 @@ def _form(
     x: torch.dtype,
     codes: torch.dtype,
     position: torch.dtype | None,
+    keys: torch.dtype | None,
     direction: int,
-    atomic: bool,
     features: int,
+    strided: bool = False,
 ) -> Configuration:
-    block_n, block_d = tile_of(features)
-    whole, points = features <= block_d, 1 if position is None else 2
+    points = 1 if position is None else 2
+    tile = tile_of(features, points, strided)
+    near, far = ("grad_inner", "x_inner", "out_inner"), ("grad_feature", "x_feature", "out_feature")
+    ones, multiples = (near, far) if strided else (far, near)
     return Configuration(
-        name=f"directional_backward_{TYPES[grad]}_{TYPES[x]}_{TYPES[codes]}_{direction}_{points}_d{block_d}"
-        f"{'' if whole else '_loop'}{'_atomic' if atomic else ''}",
+        name=f"directional_backward_{TYPES[grad]}_{TYPES[x]}_{TYPES[codes]}_{direction}_{points}_d{tile.features}"
+        f"{'' if tile.even else '_masked'}{'_strided' if strided else ''}{'_atomic' if keys is None else ''}",
         kernel=_directional_backward,
         constants={
             "DIRECTION": direction,
             "POINTS": points,
-            "ATOMIC": atomic,
-            "WHOLE": whole,
-            "BLOCK_N": block_n,
-            "BLOCK_D": block_d,
+            "ATOMIC": keys is None,
+            "EVEN": tile.even,
+            "BLOCK_N": tile.rows,
+            "BLOCK_D": tile.features,
         },
         types={
             "grad": f"*{TYPES[grad]}",
@@ -204,35 +158,32 @@ def _form(
             "seed": "*i64",
             "grad_x": f"*{TYPES[x]}",
             "sums": "*fp32",
-            "keys": "*i64",
-            "strengths": "*fp32",
-            "distances": "*fp32",
+            "keys": "*i16" if keys == torch.int16 else "*i32",
+            "factors": "*fp32",
             "noise_std": "fp32",
         },
-        ones=("grad_feature", "x_feature", "out_feature", "stride_feature"),
-        multiples=(
-            "features",
-            "grad_outer",
-            "grad_inner",
-            "x_outer",
-            "x_inner",
-            "out_outer",
-            "out_inner",
-            "stride_code",
-        ),
+        ones=(*ones, "stride_feature"),
+        multiples=(*multiples, "inner", "features", "grad_outer", "x_outer", "out_outer", "stride_code"),
+        warps=tile.warps,
     )
 
 
 def configurations() -> list[Configuration]:
     """The forms in which these kernels are launched; other dtypes and block sizes compile to the like."""
-    half, single = torch.bfloat16, torch.float32
+    half, single, narrow, wide = torch.bfloat16, torch.float32, torch.int16, torch.int32
     return [
-        _form(half, half, single, None, 0, True, 64),
-        _form(single, single, single, single, 0, True, 256),
-        _form(single, single, single, single, 0, True, 1024),
-        _form(single, single, single, single, 1, False, 256),
-        _form(single, single, single, None, 2, True, 16),
-        segment_form(single, single, 2, 256),
+        _form(half, half, single, None, None, 0, 64),
+        _form(half, half, single, None, narrow, 0, 512),
+        _form(single, single, single, single, None, 0, 256),
+        _form(half, half, half, single, wide, 0, 1000),
+        _form(single, single, single, single, narrow, 1, 256),
+        _form(single, single, single, None, None, 2, 7),
+        _form(half, half, single, None, narrow, 0, 256, True),
+        _form(single, single, single, single, narrow, 0, 512, True),
+        segment_form(half, single, narrow, 1, 512),
+        segment_form(single, single, wide, 2, 256),
+        segment_form(single, single, wide, 1, 64, parts=True),
+        segment_form(single, single, wide, 2, 256, parts=True),
     ]
 
 
@@ -252,17 +203,24 @@ def launch(
     num_codes, features, rows = *codebook.shape, indices.numel()
     if not rows:
         return grad_x, codebook.new_zeros(codebook.shape)
-    atomic = not torch.are_deterministic_algorithms_enabled()
+    atomic = x.numel() <= MOST_ATOMICS and not torch.are_deterministic_algorithms_enabled()
     points = 1 if position is None else 2
     sums = x.new_zeros((num_codes, features) if atomic else (1,), dtype=torch.float32)
-    kept = 1 if atomic else rows
-    keys = x.new_empty((kept,), dtype=torch.int64)
-    strengths, distances = x.new_empty((2, points * kept), dtype=torch.float32)
-    kind = None if position is None else position.dtype
-    form = _form(grad.dtype, x.dtype, codebook.dtype, kind, direction, atomic, features)
+    keys = x.new_empty((1 if atomic else rows,), dtype=key_dtype(num_codes))
+    factors = sums.new_empty((2 * points, 1 if atomic else rows))
+    form = _form(
+        grad.dtype,
+        x.dtype,
+        codebook.dtype,
+        None if position is None else position.dtype,
+        None if atomic else keys.dtype,
+        direction,
+        features,
+        x.stride(-1) != 1 and features > 1,
+    )
     with on_device_of(x):
         form.launch(
-            (triton.cdiv(rows, form.constants["BLOCK_N"]),),
+            grid_of(x.shape[0], x.shape[1], form.constants["BLOCK_N"]),
             grad,
             x,
             codebook,
@@ -272,10 +230,8 @@ def launch(
             grad_x,
             sums,
             keys,
-            strengths,
-            distances,
-            rows,
-            x.shape[1],
+            factors,
+            *x.shape[:2],
             num_codes,
             features,
             min(noise_std, LARGEST_NOISE),
@@ -286,6 +242,6 @@ def launch(
             *codebook.stride(),
         )
         if not atomic:
-            order, offsets = segments(keys, num_codes)
-            sums = segment_sums(x, codebook, strengths, distances, order, offsets, points)
+            keys, order = torch.sort(keys, stable=True)
+            sums = segment_sums(x, codebook, factors, order, keys, num_codes)
     return grad_x, sums.to(codebook.dtype)

@@ -13,7 +13,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vqkernels.dispatch import BackendError
-
 from vqkernels.kernels._common import architecture, on_device_of, processors
 from vqkernels.kernels._forms import PAD, Form, alternatives, choose, chunks_of, padded_features_of
 from vqkernels.kernels._plans import (
@@ -152,7 +151,7 @@ def _launch(
     searching.launch(
         (row_tiles, shares),
         source,
-        TensorDescriptor(points, points.shape, points.stride(), block) if described else points,
+        TensorDescriptor(points, list(points.shape), list(points.stride()), block) if described else points,
         half_norms,
         centre,
         scales,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqkernels import kernels
 from vqkernels.checks import check_pair
 from vqkernels.dispatch import Op
 from vqkernels.ops._layout import collapse
@@ -83,6 +84,7 @@ nearest_segment_op = Op(
     reference=_reference,
     fake=_fake,
 )
+nearest_segment_op.add("triton", kernels.lazy("nearest_segment"), why_not=kernels.why_not)
 
 
 def nearest_segment(x: Tensor, codebook: Tensor, *, backend: str | None = None) -> NearestSegment:
@@ -99,7 +101,7 @@ def nearest_segment(x: Tensor, codebook: Tensor, *, backend: str | None = None) 
     Args:
         x: (..., D) float16, bfloat16, float32 or float64, any strides.
         codebook: (K, D), any of these dtypes, same device, K >= 2.
-        backend: "reference" so far, the default.
+        backend: "triton" or "reference"; by default the fastest that accepts the inputs.
 
     Returns:
         segments: (...) int64 in [0, K - 1).
