@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DTYPES, INTERPRETED
 
-from vqkernels import nearest_code
+from vqkernels import BackendError, nearest_code, prepare
 from vqkernels.ops.nearest_code import dithered, nearest_code_op
 from vqkernels.testing import DEVICE, LAYOUTS, brute_force, clusters, strided
 
@@ -201,3 +201,39 @@ def test_gradients_stop_here(backend, need):
     x, codes = clusters(5, 3, 4)
     indices, sq_dist = nearest_code(x.requires_grad_(), codes.requires_grad_(), backend=backend)
     assert not sq_dist.requires_grad and not indices.requires_grad
+
+
+@pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str)
+def test_a_prepared_codebook_is_searched_as_it_was(pair, backend, need):
+    need("nearest_code", *pair)
+    x, codes = clusters(130, 70, 24)
+    x, codes = x.to(pair[0]), codes.to(pair[1])
+    expected, least = brute_force(x, codes)
+    handle = prepare(codes, x_dtype=x.dtype, backend=backend)
+    # behind the back of autograd's version counter, which a cache would have trusted
+    codes.data.zero_()
+    for exact in (True, False):
+        indices, sq_dist = nearest_code(x, handle, exact=exact)
+        assert torch.equal(indices, expected)
+        torch.testing.assert_close(sq_dist.double(), least, rtol=2.0**-23, atol=0)
+    assert nearest_code(x[:0], handle).indices.shape == (0,)
+    assert torch.equal(nearest_code(x.view(10, 13, 24), handle).indices.flatten(), expected)
+    assert handle.backend == backend and "parts" not in repr(handle)
+
+
+def test_a_prepared_codebook_refuses_what_it_was_not_made_for():
+    codes = torch.randn(5, 3)
+    handle = prepare(codes, backend="reference")
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"x must be torch.float32, as prepared for; got torch.float16"):
+        nearest_code(x.half(), handle)
+    with pytest.raises(ValueError, match=r"backend must be 'reference', which prepared it; got 'native'"):
+        nearest_code(x, handle, backend="native")
+    with pytest.raises(ValueError, match=r"codebook must be \(K, 4\)"):
+        nearest_code(torch.randn(2, 4), handle)
+    with pytest.raises(TypeError, match=r"prepare: x_dtype must be float16, .*; got torch.int64"):
+        prepare(codes, x_dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"prepare: codebook must have at least 1 code; got 0"):
+        prepare(codes[:0])
+    with pytest.raises(BackendError, match=r"prepare|nearest_code"):
+        prepare(codes, backend="triton", x_dtype=torch.float64)

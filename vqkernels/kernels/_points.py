@@ -6,7 +6,7 @@ distance alike, and scaled by powers of two. Exact points are formed again, in f
 """
 
 # triton's stubs do not know what its compiler accepts
-# pyright: reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

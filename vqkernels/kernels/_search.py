@@ -15,7 +15,7 @@ which costs more instructions and spares the finish a choice: for long rows and 
 
 # triton's stubs do not know what its compiler accepts
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
 
