@@ -6,9 +6,11 @@
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "../tensors.h"
 #include "kernels.h"
+#include "plan.h"
 
 namespace vqk::cuda {
 namespace {
@@ -43,35 +45,89 @@ std::tuple<Tensor, Tensor> sorted(const Tensor& codes) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-std::tuple<Tensor, Tensor> nearest_code_op(Tensor x, Tensor codebook, MaybeTensor dither, bool exact) {
-  const Place place(x);
+// what of a search does not depend on its outputs
+NearestCode request(const Rows& x, const Tensor& codebook, const MaybeTensor& dither) {
   NearestCode args{};
-  args.x = rows_of(x);
+  args.x = x;
   args.codebook = rows_of(codebook);
   args.dither = dither ? rows_of(*dither, false) : no_rows();
   check_pair(args.x, args.codebook, dither ? 2 : 1);
   STD_TORCH_CHECK(!dither || args.dither.inner == args.codebook.inner - 1,
                   "native: dither must be (K - 1,); got another shape. Pass one weight per segment.");
-  const ScalarType type = distance_type(args.x, args.codebook);
-  const int64_t d = args.x.features;
   args.codes = args.codebook.inner - (dither ? 1 : 0);
+  return args;
+}
+
+// half copies, half norms, spread
+std::vector<Tensor> buffers(const Tensor& codebook, Format format, int64_t codes, int64_t features) {
+  // float64 is searched as it is, and asks for the spread alone
+  const int64_t rows = format == Format::wide ? 0 : padded_codes(codes);
+  const ScalarType half = format == Format::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+  return {torch::stable::new_empty(codebook, {rows, padded_features(features)}, half),
+          torch::stable::new_empty(codebook, {rows}, ScalarType::Float),
+          bytes_like(codebook, sizeof(Spread))};
+}
+
+Prepared prepared_in(const std::vector<Tensor>& parts) {
+  return {parts[0].mutable_data_ptr(), static_cast<float*>(parts[1].mutable_data_ptr()),
+          static_cast<Spread*>(parts[2].mutable_data_ptr())};
+}
+
+void check_parts(const std::vector<Tensor>& parts, const Tensor& codebook, Format format, int64_t codes,
+                 int64_t features) {
+  const ScalarType half = format == Format::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+  const int64_t rows = format == Format::wide ? 0 : padded_codes(codes);
+  STD_TORCH_CHECK(parts.size() == 3 && parts[0].dim() == 2 && parts[0].size(0) == rows &&
+                      parts[0].size(1) == padded_features(features) && parts[0].scalar_type() == half &&
+                      parts[1].numel() == rows && parts[2].numel() == sizeof(Spread) &&
+                      parts[0].get_device_index() == codebook.get_device_index(),
+                  "native: parts must be of this codebook, for this dtype of x, on this device; got others. "
+                  "Prepare them again.");
+}
+
+std::tuple<Tensor, Tensor> nearest_code_op(Tensor x, Tensor codebook, MaybeTensor dither, bool exact,
+                                           std::vector<Tensor> parts) {
+  const Place place(x);
+  NearestCode args = request(rows_of(x), codebook, dither);
+  const ScalarType type = distance_type(args.x, args.codebook);
+  const Format format = format_of(args.x.type, args.codebook.type, dither.has_value());
+  const int64_t d = args.x.features;
   args.exact = exact;
   args.wide = type == ScalarType::Double;
   Tensor indices = torch::stable::new_empty(x, {args.x.batch, args.x.inner}, ScalarType::Long);
   Tensor sq_dist = torch::stable::new_empty(x, {args.x.batch, args.x.inner}, type);
   if (args.x.count() == 0) return {indices, sq_dist};
-  Tensor points = torch::stable::new_empty(x, {args.codes, d}, ScalarType::Double);
-  Tensor rounded = torch::stable::new_empty(x, {args.codes, d}, ScalarType::Float);
-  Tensor bias = torch::stable::new_empty(x, {args.codes}, ScalarType::Float);
-  Tensor spread = bytes_like(x, sizeof(Spread));
+  args.ready = !parts.empty();
+  if (args.ready) {
+    STD_TORCH_CHECK(!dither, "native: parts must be empty where there is dither; got some. Pass none.");
+    check_parts(parts, codebook, format, args.codes, d);
+  } else {
+    parts = buffers(codebook, format, args.codes, d);
+  }
+  args.prepared = prepared_in(parts);
+  int64_t bytes = 0;
+  check(scratch_bytes(args, &bytes));
+  Tensor scratch = bytes_like(x, bytes);
+  args.scratch = scratch.mutable_data_ptr();
   args.indices = indices.mutable_data_ptr<int64_t>();
   args.sq_dist = sq_dist.mutable_data_ptr();
-  args.points = points.mutable_data_ptr<double>();
-  args.rounded = rounded.mutable_data_ptr<float>();
-  args.bias = bias.mutable_data_ptr<float>();
-  args.spread = static_cast<Spread*>(spread.mutable_data_ptr());
   check(nearest_code(args, place.stream));
   return {indices, sq_dist};
+}
+
+std::vector<Tensor> prepare_codes_op(Tensor codebook, ScalarType x_dtype) {
+  const Place place(codebook);
+  Rows x = rows_of(codebook);
+  x.type = x_dtype == ScalarType::Half       ? Type::f16
+           : x_dtype == ScalarType::BFloat16 ? Type::bf16
+           : x_dtype == ScalarType::Float    ? Type::f32
+                                             : Type::f64;
+  NearestCode args = request(x, codebook, MaybeTensor());
+  std::vector<Tensor> parts =
+      buffers(codebook, format_of(x.type, args.codebook.type, false), args.codes, x.features);
+  args.prepared = prepared_in(parts);
+  check(prepare_codes(args, place.stream));
+  return parts;
 }
 
 Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices,
@@ -175,6 +231,7 @@ std::tuple<Tensor, Tensor> philox_op(Tensor seed, int64_t rows, int64_t blocks, 
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) {
   m.impl("nearest_code", TORCH_BOX(&vqk::cuda::nearest_code_op));
+  m.impl("prepare_codes", TORCH_BOX(&vqk::cuda::prepare_codes_op));
   m.impl("directional", TORCH_BOX(&vqk::cuda::directional_op));
   m.impl("directional_backward", TORCH_BOX(&vqk::cuda::directional_backward_op));
   m.impl("code_sums", TORCH_BOX(&vqk::cuda::code_sums_op));

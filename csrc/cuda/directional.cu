@@ -52,7 +52,10 @@ __device__ void row_kernel(const Directional& a, int64_t row, int64_t count) {
   // what multiplies u in the forward pass and e in the backward pass
   double step[2] = {0, 0};
   bool skip[2] = {false, false};
-  for (int m = 0; m < points; ++m) {
+  // unrolled, so that p and what belongs to it stay in registers
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    if (m >= points) continue;
     const double at = a.position.data ? read<double>(a.position, offset(a.position, row)) : 0;
     p[m] = {offset(a.codebook, code + m), a.position.data ? (m == 0 ? 1 - at : at) : 1.0, (uint32_t)m};
     if (!kBackward && a.direction == kDetach) continue;
@@ -91,7 +94,9 @@ __device__ void row_kernel(const Directional& a, int64_t row, int64_t count) {
                  : a.direction == kDetach ? 0
                                           : read<double>(a.x, from + k * a.x.stride_feature);
     }
-    for (int m = 0; m < points; ++m) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if (m >= points) continue;
       if (!kBackward && a.direction == kDetach) {
         for (int q = 0; q < 4; ++q) {
           const int64_t k = 4 * block + q;

@@ -8,24 +8,35 @@
 
 namespace vqk::cuda {
 
-// maxima over codes that bound the error of a score; the bits of doubles that are not negative order as
-// integers
+// what the search keeps of a codebook; the bits of doubles that are not negative order as integers, and all
+// begin at 0
 struct Spread {
-  unsigned long long norm, residual;
-  unsigned long long first_finite;  // ~0: no code is finite
+  unsigned long long largest;     // |element| of a finite point, unscaled
+  unsigned long long norm, lost;  // C, R of certificate.h
+  unsigned long long finite;      // complement of the lowest index of a finite point; 0: there is none
+};
+
+struct Prepared {
+  void* half;      // (padded codes, padded features): minus the half copies, tiles in the order of place_of
+  float* bias;     // (padded codes): half norms, inf where a code cannot win
+  Spread* spread;  // (1)
 };
 
 struct NearestCode {
   Rows x, codebook, dither;  // dither.data null: the codes themselves
   int64_t codes;             // K, or K - 1 points of the dithered curve
   bool exact, wide;          // wide: sq_dist is float64
+  bool ready;                // prepared was filled by an earlier call
   int64_t* indices;          // (N)
   void* sq_dist;             // (N)
-  double* points;            // scratch (codes, D): exact points
-  float* rounded;            // scratch (codes, D)
-  float* bias;               // scratch (codes)
-  Spread* spread;            // scratch (1)
+  Prepared prepared;
+  void* scratch;  // scratch_bytes(args) bytes, aligned to 256
 };
+
+// only x.type, codebook, dither, codes and prepared are read
+cudaError_t prepare_codes(const NearestCode& args, cudaStream_t stream);
+// prepared and the pointers of results are not read
+cudaError_t scratch_bytes(const NearestCode& args, int64_t* bytes);
 cudaError_t nearest_code(const NearestCode& args, cudaStream_t stream);
 
 struct Directional {

@@ -1,215 +1,196 @@
-// Certified search in float32, then the contract's order in float64 for the rows that stay open. The bound is
-// that of csrc/cpu/isa/nearest_code.cpp without centre and scale: what float32 cannot hold is left open.
-#include "device.cuh"
+// The nearest code, exactly: prepare the codebook, search in half precision, certify and finish, look again
+// for the candidates of the rows that stay open, and search in float64 what is left. Every launch has a fixed
+// grid and the device alone knows how many rows are open, so that nothing waits for the host.
+#include "brute.cuh"
+#include "finish.cuh"
+#include "launch.cuh"
+#include "prepare.cuh"
+#include "search.h"
 
 namespace vqk::cuda {
 namespace {
 
-constexpr int kTile = 64, kSide = 16, kEach = kTile / kSide;
-constexpr double kSlack = 1 + 1e-8;
-
-// exact points in float64, their float32 copies, biases and spread; one warp per code
-__global__ void prepare_kernel(NearestCode a) {
-  const int64_t d = a.x.features, step = (int64_t)gridDim.x * blockDim.y;
-  const Rows& c = a.codebook;
-  for (int64_t j = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; j < a.codes; j += step) {
-    const int64_t from = offset(c, j);
-    const double weight = a.dither.data ? read<double>(a.dither, offset(a.dither, j)) : 0;
-    double square = 0, rest = 0;
-    bool good = true;
-    for (int64_t k = threadIdx.x; k < d; k += 32) {
-      double v = read<double>(c, from + k * c.stride_feature);
-      if (a.dither.data) {
-        const double next = read<double>(c, offset(c, j + 1) + k * c.stride_feature);
-        v = __dadd_rn(__dmul_rn(1 - weight, v), __dmul_rn(weight, next));
-      }
-      const double r = v - (double)(float)v;
-      good &= isfinite(v);
-      square += v * v;
-      rest += r * r;
-      a.points[j * d + k] = v;
-    }
-    good = __all_sync(0xffffffffu, good);
-    square = warp_sum(square);
-    rest = warp_sum(rest);
-    // a code that cannot win must not make a NaN of a score
-    for (int64_t k = threadIdx.x; k < d; k += 32)
-      a.rounded[j * d + k] = good ? (float)a.points[j * d + k] : 0.0f;
-    if (threadIdx.x != 0) continue;
-    a.bias[j] = good ? (float)(-0.5 * square) : -INFINITY;
-    if (!good) continue;
-    atomicMax(&a.spread->norm, (unsigned long long)__double_as_longlong(sqrt(square) * kSlack));
-    atomicMax(&a.spread->residual, (unsigned long long)__double_as_longlong(sqrt(rest) * kSlack));
-    atomicMin(&a.spread->first_finite, (unsigned long long)j);
+cudaError_t chip_of(Chip* chip) {
+  thread_local int known = -1;
+  thread_local Chip kept;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device != known) {
+    const struct {
+      int* to;
+      cudaDeviceAttr what;
+    } asked[] = {{&kept.major, cudaDevAttrComputeCapabilityMajor},
+                 {&kept.minor, cudaDevAttrComputeCapabilityMinor},
+                 {&kept.processors, cudaDevAttrMultiProcessorCount},
+                 {&kept.block_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+    known = -1;
+    for (const auto& each : asked)
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(each.to, each.what, device);
+    if (error == cudaSuccess) known = device;
   }
+  *chip = kept;
+  return error;
 }
 
-// 2 (E + T), or inf
-__device__ double margin_of(const NearestCode& a, double square, double rest) {
-  const double d = (double)a.x.features, x = sqrt(square) * kSlack, r = sqrt(rest) * kSlack;
-  const double c = __longlong_as_double((long long)a.spread->norm);
-  const double residual = __longlong_as_double((long long)a.spread->residual);
-  const double b = 0.5 * c * c, ch = c + residual, xh = x + r, reach = x + c;
-  const double n = (d + 2) * 0x1p-24, g = n / (1 - n);
-  // written so that a NaN refuses
-  if (!(n < 0.5 && xh * ch + b < 0x1p126 && reach < 0x1p511)) return INFINITY;
-  const double error =
-      r * ch + x * residual + g * (xh * ch + b) + (0x1p-24 + (d + 16) * 0x1p-52) * b + 4 * (d + 2) * 0x1p-126;
-  return 2 * (error + (d + 4) * 0x1p-52 * reach * reach + (d + 2) * 0x1p-1074) * kSlack;
+Format format_for(const NearestCode& a) {
+  return format_of(a.x.type, a.codebook.type, a.dither.data != nullptr);
 }
 
-__device__ double literal(const NearestCode& a, int64_t from, int64_t j) {
-  double total = 0;
-  for (int64_t k = 0; k < a.x.features; ++k) {
-    const double t =
-        __dsub_rn(read<double>(a.x, from + k * a.x.stride_feature), a.points[j * a.x.features + k]);
-    total = __dadd_rn(total, __dmul_rn(t, t));
-  }
-  return total;
-}
-
-__device__ void answer(const NearestCode& a, int64_t row, int64_t index, double sq_dist) {
-  a.indices[row] = index;
-  if (a.wide)
-    ((double*)a.sq_dist)[row] = sq_dist;
-  else
-    ((float*)a.sq_dist)[row] = (float)sq_dist;
-}
-
-// best score and its code, and the score of the runner-up
-struct Top {
-  float best, second;
-  int64_t index;
-
-  __device__ __forceinline__ void add(float score, int64_t j) {
-    second = fmaxf(second, fminf(best, score));
-    index = score > best ? j : index;
-    best = fmaxf(best, score);
-  }
+struct Plans {
+  Format format;
+  Plan search, candidates;
+  int processors;
+  int64_t capacity;  // of open rows
 };
 
-// 64 rows per block against tiles of 64 codes; a thread holds 4 x 4 scores
-__global__ void __launch_bounds__(kSide* kSide) search_kernel(NearestCode a, int64_t count) {
-  __shared__ float xs[kSide][kTile], cs[kSide][kTile];
-  const int64_t d = a.x.features;
-  const int tx = threadIdx.x, ty = threadIdx.y, thread = ty * kSide + tx;
-  for (int64_t first = (int64_t)blockIdx.x * kTile; first < count; first += (int64_t)gridDim.x * kTile) {
-    Top top[kEach];
-    for (int r = 0; r < kEach; ++r) top[r] = {-INFINITY, -INFINITY, 0};
-    for (int64_t code = 0; code < a.codes; code += kTile) {
-      float score[kEach][kEach];
-      for (int q = 0; q < kEach; ++q) {
-        const int64_t j = code + tx + q * kSide;
-        for (int r = 0; r < kEach; ++r) score[r][q] = j < a.codes ? a.bias[j] : -INFINITY;
-      }
-      for (int64_t k0 = 0; k0 < d; k0 += kSide) {
-        for (int at = thread; at < kSide * kTile; at += kSide * kSide) {
-          const int k = at % kSide, n = at / kSide;
-          const int64_t row = first + n, j = code + n;
-          xs[k][n] = row < count && k0 + k < d
-                         ? (float)read<double>(a.x, offset(a.x, row) + (k0 + k) * a.x.stride_feature)
-                         : 0.0f;
-          cs[k][n] = j < a.codes && k0 + k < d ? a.rounded[j * d + k0 + k] : 0.0f;
-        }
-        __syncthreads();
-        for (int k = 0; k < kSide; ++k) {
-          float c[kEach];
-          for (int q = 0; q < kEach; ++q) c[q] = cs[k][tx + q * kSide];
-          for (int r = 0; r < kEach; ++r) {
-            const float x = xs[k][ty + r * kSide];
-            for (int q = 0; q < kEach; ++q) score[r][q] = fmaf(x, c[q], score[r][q]);
-          }
-        }
-        __syncthreads();
-      }
-      for (int r = 0; r < kEach; ++r)
-        for (int q = 0; q < kEach; ++q) top[r].add(score[r][q], code + tx + q * kSide);
-    }
-    for (int r = 0; r < kEach; ++r) {
-      const int64_t row = first + ty + r * kSide, from = row < count ? offset(a.x, row) : 0;
-      double square = 0, rest = 0;
-      if (row < count)
-        for (int64_t k = tx; k < d; k += kSide) {
-          const double v = read<double>(a.x, from + k * a.x.stride_feature), e = v - (double)(float)v;
-          square += v * v;
-          rest += e * e;
-        }
-      // the sixteen threads of a row are the half of a warp
-      for (int step = kSide / 2; step > 0; step /= 2) {
-        const float best = __shfl_xor_sync(0xffffffffu, top[r].best, step);
-        const float second = __shfl_xor_sync(0xffffffffu, top[r].second, step);
-        const int64_t index = __shfl_xor_sync(0xffffffffu, top[r].index, step);
-        top[r].second = fmaxf(fmaxf(top[r].second, second), fminf(top[r].best, best));
-        top[r].index =
-            best > top[r].best || (best == top[r].best && index < top[r].index) ? index : top[r].index;
-        top[r].best = fmaxf(top[r].best, best);
-        square += __shfl_xor_sync(0xffffffffu, square, step);
-        rest += __shfl_xor_sync(0xffffffffu, rest, step);
-      }
-      if (row >= count || tx != 0) continue;
-      const double margin = margin_of(a, square, rest);
-      const bool certain = margin < (double)INFINITY && top[r].best > -INFINITY &&
-                           (!a.exact || (double)top[r].best - margin > (double)top[r].second);
-      if (certain)
-        answer(a, row, top[r].index, literal(a, from, top[r].index));
-      else
-        a.indices[row] = -1;
-    }
-  }
+cudaError_t plans_of(const NearestCode& a, Plans* plans) {
+  Chip chip{};
+  const cudaError_t error = chip_of(&chip);
+  if (error != cudaSuccess) return error;
+  const int64_t count = a.x.count();
+  // rows are listed in 32 bits, codes in 31 with room for padding
+  if (count > UINT32_MAX || a.codes > INT32_MAX - kTile) return cudaErrorInvalidValue;
+  *plans = {};
+  plans->format = format_for(a);
+  plans->processors = chip.processors;
+  if (plans->format == Format::wide) return cudaSuccess;
+  plans->search = plan_of(count, a.codes, a.x.features, chip);
+  Chip portable = chip;
+  portable.major = 8;
+  plans->candidates = plan_of(count, a.codes, a.x.features, portable);
+  if (plans->candidates.rows) plans->capacity = open_capacity(count);
+  return cudaSuccess;
 }
 
-// every code of every open row, in the contract's order; one block per row
-__global__ void rescore_kernel(NearestCode a, int64_t count) {
-  __shared__ double least[256];
-  __shared__ int64_t where[256];
-  const int thread = threadIdx.x;
-  for (int64_t row = blockIdx.x; row < count; row += gridDim.x) {
-    const bool open = a.indices[row] < 0;
-    __syncthreads();
-    if (!open) continue;
-    const int64_t from = offset(a.x, row);
-    bool good = a.spread->first_finite != ~0ull;
-    for (int64_t k = thread; k < a.x.features; k += blockDim.x)
-      good &= isfinite(read<double>(a.x, from + k * a.x.stride_feature));
-    if (!__syncthreads_and(good)) {
-      if (thread == 0) answer(a, row, 0, nan(""));
-      continue;
-    }
-    double best = INFINITY;
-    int64_t index = (int64_t)a.spread->first_finite;
-    for (int64_t j = thread; j < a.codes; j += blockDim.x) {
-      // a code that is not finite gives inf or NaN, and neither is less
-      const double v = literal(a, from, j);
-      if (v < best) best = v, index = j;
-    }
-    least[thread] = best;
-    where[thread] = index;
-    __syncthreads();
-    for (int step = blockDim.x / 2; step > 0; step /= 2) {
-      if (thread < step) {
-        const double v = least[thread + step];
-        const int64_t j = where[thread + step];
-        if (v < least[thread] || (v == least[thread] && j < where[thread]))
-          least[thread] = v, where[thread] = j;
-      }
-      __syncthreads();
-    }
-    if (thread == 0) answer(a, row, where[0], least[0]);
+// the scratch memory of a call, divided; with a null base, how much it is
+struct Scratch {
+  unsigned int* counters;  // open rows, left rows, then what brute_kernel counts
+  Part* parts;
+  uint4* results;
+  Open open;
+  Left left;
+  int64_t bytes = 0;
+
+  Scratch(const NearestCode& a, const Plans& plans) {
+    const int64_t count = a.x.count(), splits = plans.search.splits;
+    const bool searched = plans.search.rows != 0;
+    char* const base = (char*)a.scratch;
+    const auto take = [&](int64_t size) {
+      char* const here = base + bytes;
+      bytes += round_up(size, 256);
+      return here;
+    };
+    counters = (unsigned int*)take(counter_bytes());
+    parts = (Part*)take((int64_t)kBruteBlocks * kBruteRows * (int64_t)sizeof(Part));
+    results = (uint4*)take(searched ? splits * count * (int64_t)sizeof(uint4) : 0);
+    const int64_t capacity = plans.capacity;
+    open.count = counters;
+    open.capacity = (unsigned int)capacity;
+    open.rows = (uint32_t*)take(capacity * 4);
+    open.bars = (float*)take(capacity * 4);
+    open.found = (unsigned int*)take(capacity * 4);
+    open.codes = (uint32_t*)take(capacity * kCandidates * 4);
+    left.count = counters + 1;
+    left.rows = (uint32_t*)take(searched ? count * 4 : 0);
   }
+
+  static constexpr int64_t counter_bytes() { return (2 + kBruteBlocks) * (int64_t)sizeof(unsigned int); }
+  unsigned int* done() const { return counters + 2; }
+};
+
+cudaError_t prepare(const NearestCode& a, Format format, int processors, cudaStream_t stream) {
+  const Preparation p{points_of(a), a.codes, a.codebook.features, a.prepared};
+  cudaError_t error = cudaMemsetAsync(a.prepared.spread, 0, sizeof(Spread), stream);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = (padded_codes(a.codes) + 7) / 8, most = (int64_t)processors * 8;
+  const Launch how{dim3((unsigned int)(blocks < most ? blocks : most)), dim3(32, 8), 0, stream};
+  const bool scaled = format == Format::scaled;
+  if (scaled || format == Format::wide) {
+    error = launch(how, survey_kernel, p);
+    if (error != cudaSuccess || format == Format::wide) return error;
+  }
+  return format == Format::bf16 ? launch(how, pack_kernel<__nv_bfloat16>, p, scaled)
+                                : launch(how, pack_kernel<__half>, p, scaled);
 }
 
-__global__ void reset_kernel(Spread* spread) { *spread = {0, 0, ~0ull}; }
+cudaError_t finish(const Finish& f, int processors, bool bf16, const Plan& plan, cudaStream_t stream) {
+  const bool along = f.search.x.stride_feature == 1 && f.search.features >= 32;
+  const bool whole = f.search.vector && f.search.points.vector && !f.search.points.dither.data;
+  const Launch how{dim3(grid_of(f.search.count * (along ? 8 : 1), 256)), 256, 0, stream};
+  cudaError_t error = !along  ? launch(how, finish_kernel<1, false>, f)
+                      : whole ? launch(how, finish_kernel<8, true>, f)
+                              : launch(how, finish_kernel<8, false>, f);
+  // the fast search leaves no row to its candidates
+  if (error != cudaSuccess || f.open.capacity == 0 || !f.exact) return error;
+  error = candidates(f.search, f.open, plan, processors, bf16, stream);
+  if (error != cudaSuccess) return error;
+  return launch(Launch{dim3(processors * 2), 256, 0, stream}, settle_kernel, f);
+}
 
 }  // namespace
+
+cudaError_t prepare_codes(const NearestCode& args, cudaStream_t stream) {
+  Chip chip{};
+  const cudaError_t error = chip_of(&chip);
+  return error != cudaSuccess ? error : prepare(args, format_for(args), chip.processors, stream);
+}
+
+cudaError_t scratch_bytes(const NearestCode& args, int64_t* bytes) {
+  Plans plans;
+  const cudaError_t error = plans_of(args, &plans);
+  if (error == cudaSuccess) {
+    NearestCode nowhere = args;
+    nowhere.scratch = nullptr;
+    *bytes = Scratch(nowhere, plans).bytes;
+  }
+  return error;
+}
 
 cudaError_t nearest_code(const NearestCode& args, cudaStream_t stream) {
   const int64_t count = args.x.count();
   if (count == 0) return cudaSuccess;
-  reset_kernel<<<1, 1, 0, stream>>>(args.spread);
-  prepare_kernel<<<grid_of(args.codes, 4), dim3(32, 4), 0, stream>>>(args);
-  search_kernel<<<grid_of(count, kTile), dim3(kSide, kSide), 0, stream>>>(args, count);
-  rescore_kernel<<<grid_of(count < 65536 ? count : 65536, 1), 256, 0, stream>>>(args, count);
-  return cudaGetLastError();
+  Plans plans;
+  cudaError_t error = plans_of(args, &plans);
+  if (error != cudaSuccess) return error;
+  const Scratch scratch(args, plans);
+  error = cudaMemsetAsync(scratch.counters, 0, Scratch::counter_bytes(), stream);
+  if (error != cudaSuccess) return error;
+  if (!args.ready) error = prepare(args, plans.format, plans.processors, stream);
+  if (error != cudaSuccess) return error;
+  const bool searched = plans.search.rows != 0;
+  if (searched) {
+    const bool bf16 = plans.format == Format::bf16;
+    Search s{args.x,
+             vectors(args.x),
+             plans.format == Format::scaled,
+             points_of(args),
+             args.prepared,
+             count,
+             args.x.features,
+             (int)(padded_codes(args.codes) / kTile),
+             (int)(padded_features(args.x.features) / kStep),
+             plans.search.splits,
+             scratch.results};
+    error = plans.search.hopper ? search_sm90(s, plans.search, bf16, stream)
+                                : search_mma(s, plans.search, bf16, stream);
+    if (error != cudaSuccess) return error;
+    const Finish f{s, args.codes, args.exact, scratch.open, scratch.left, answers_of(args)};
+    error = finish(f, plans.processors, bf16, plans.candidates, stream);
+    if (error != cudaSuccess) return error;
+  }
+  const Brute b{args.x,
+                points_of(args),
+                args.codes,
+                args.prepared.spread,
+                searched ? scratch.left.rows : nullptr,
+                searched ? scratch.left.count : nullptr,
+                count,
+                scratch.parts,
+                scratch.done(),
+                answers_of(args)};
+  const int64_t most = (int64_t)plans.processors * 2;
+  const Launch how{dim3((unsigned int)(most < kBruteBlocks ? most : kBruteBlocks)), kBruteThreads, 0, stream};
+  return launch(how, brute_kernel, b);
 }
 
 }  // namespace vqk::cuda
