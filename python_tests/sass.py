@@ -40,6 +40,7 @@ ALU = frozenset(
         "FLO",
         "BREV",
         "IABS",
+        "VIADDMNMX",
     ]
 )
 FMA = frozenset(["FADD", "FFMA", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FFMA2", "FMUL2"])

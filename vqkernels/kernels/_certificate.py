@@ -29,11 +29,10 @@ import triton
 import triton.language as tl
 
 from vqkernels.kernels._common import is_finite, row_offsets
-from vqkernels.kernels._points import load_facts, load_near_point, load_point, scale_of
-from vqkernels.kernels._search import FAR, load_features, magnitude
+from vqkernels.kernels._points import NO_POINT, load_facts, load_near_point, load_point, scale_of
+from vqkernels.kernels._search import load_features, magnitude
 
 _ULP = tl.constexpr(5.9604644775390625e-08)
-_NONE = tl.constexpr(2147483647.0)
 
 
 @triton.jit
@@ -106,6 +105,7 @@ def finish(
     SPAN: tl.constexpr,
     LENGTH: tl.constexpr,
     TOGETHER: tl.constexpr,
+    FAR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -133,7 +133,7 @@ def finish(
     start = x + row_offsets(tl.minimum(rows, num_rows - 1), inner, x_outer, x_inner)
     column = tl.arange(0, BLOCK_D)
     first_good = tl.zeros((BLOCK_N,), tl.float64) + load_facts(facts, programs, 4, BLOCK_P)
-    some_good = first_good < _NONE
+    some_good = first_good < NO_POINT
     unit = tl.full((BLOCK_N,), 1.0, tl.float32)
     of_codes = 1.0
     if SCALED:
@@ -179,7 +179,7 @@ def finish(
             index = first_code + member % 2 + member // 2 * SPAN
             good = index < num_points
             index = tl.minimum(index, num_points - 1).to(tl.int64)
-            good = good & (tl.load(half_norms + index) < infinity)
+            good = good & (tl.load(half_norms + index) < FAR)
             if WHOLE:
                 point = load_near_point(
                     codes, dither, index[:, None], column.to(tl.int64)[None, :], stride_code, stride_feature,
@@ -203,8 +203,8 @@ def finish(
             nearest = tl.minimum(nearest, dist)
     if not EXACT:
         # a code with a nan never wins while another exists, even where every score overflowed
-        usable = tl.load(half_norms + chosen) < infinity
-        chosen = tl.where(usable, chosen, tl.minimum(first_good, _NONE).to(tl.int64))
+        usable = tl.load(half_norms + chosen) < FAR
+        chosen = tl.where(usable, chosen, tl.minimum(first_good, NO_POINT).to(tl.int64))
     chosen = tl.where(some_good, chosen, 0)
 
     if WHOLE:

@@ -132,7 +132,7 @@ def choose(arch: int, features: int, num_points: int, scaled: bool) -> Form:
     if INTERPRETED:
         return Form(512, 256, 8, False, 4, 2)
     form = _TABLE[bucket(arch, features, num_points)]
-    crowded = form.warps == 4 and form.block_k == 128 and form.group == 4
+    crowded = form.warps == 4 and form.block_k == 128 and (form.group == 4 or features > 64)
     return replace(form, block_k=64) if scaled and crowded else form
 
 

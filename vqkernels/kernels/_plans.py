@@ -44,6 +44,11 @@ class Plan:
         return torch.float16 if self.scaled else self.x
 
     @property
+    def far(self) -> float:
+        """The half norm of what must lose: beyond every score that is trusted, even times the ratio of scales."""
+        return 1e30 if self.scaled else 1e38
+
+    @property
     def name(self) -> str:
         return f"{TYPES[self.x]}_{TYPES[self.codes]}{'_dithered' if self.dithered else ''}"
 
@@ -68,6 +73,7 @@ def prepare_form(plan: Plan) -> Configuration:
             "DITHERED": plan.dithered,
             "SCALED": plan.scaled,
             "SURVEYS": SURVEYS,
+            "FAR": plan.far,
             "BLOCK_K": PAD if INTERPRETED else 16,
             "BLOCK_D": 16,
         },
@@ -166,6 +172,7 @@ def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configura
             "SPAN": form.span,
             "LENGTH": LENGTH,
             "TOGETHER": TOGETHER,
+            "FAR": plan.far,
             "BLOCK_N": max(1, _FINISH_TILE // block),
             "BLOCK_D": block,
             "BLOCK_P": PREPARES,
@@ -237,6 +244,7 @@ def settle_form(plan: Plan) -> Configuration:
             "GROUP": _RESCUE.group,
             "SPAN": _RESCUE.span,
             "LENGTH": LENGTH,
+            "FAR": plan.far,
             "BLOCK_R": TOGETHER,
             "BLOCK_L": _LANES,
             "BLOCK_K": PAD if INTERPRETED else 128,

@@ -18,6 +18,8 @@ from vqkernels.kernels._common import is_finite
 # what a program of `prepare` reports: squared norm and squared loss of the searched copies, half norm, squared norm
 # of both codes of a dithered point, and the lowest index of a finite point
 NUM_FACTS = tl.constexpr(5)
+# beyond every index, and a float32: constants reach float64 by way of it
+NO_POINT = tl.constexpr(2147483648)
 
 
 @triton.jit
@@ -103,13 +105,14 @@ def prepare(
     DITHERED: tl.constexpr,
     SCALED: tl.constexpr,
     SURVEYS: tl.constexpr,
+    FAR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Negated half copies of the points, half their squared norms, and what a search must know of all of them.
 
     `centre` holds the mean that was taken from them and, after it, the scale. A point with a NaN or Inf becomes 0
-    with the half norm inf, as does the padding: it loses against every other.
+    with the half norm FAR, as does the padding: it loses against every other.
     """
     column = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, SURVEYS)
@@ -122,7 +125,7 @@ def prepare(
     loss = tl.zeros((BLOCK_K,), tl.float64)
     half_norm = tl.zeros((BLOCK_K,), tl.float64)
     reach = tl.zeros((BLOCK_K,), tl.float64)
-    lowest = tl.full((BLOCK_K,), 2147483647, tl.int64)
+    lowest = tl.full((BLOCK_K,), NO_POINT, tl.int64)
     for block in range(tl.program_id(0) * BLOCK_K, padded_points, tl.num_programs(0) * BLOCK_K):
         index = block + tl.arange(0, BLOCK_K).to(tl.int64)
         bad = tl.zeros((BLOCK_K,), tl.int32)
@@ -163,16 +166,17 @@ def prepare(
                 wide = kept.to(tl.float64)
                 kept_square += tl.sum(wide * wide, axis=1)
                 lost_square += tl.sum((point - wide) * (point - wide), axis=1)
-        # a finite point keeps a finite half norm: only the others are inf
-        narrow = tl.minimum(0.5 * square, 3.0e38).to(tl.float32)
-        tl.store(half_norms + index, tl.where(good, narrow, float("inf")))
+        # a finite point keeps its distance from the others' half norm, which is no inf: a number in its low bits
+        # would make a nan of it
+        narrow = tl.minimum(0.5 * square, 0.5 * FAR).to(tl.float32)
+        tl.store(half_norms + index, tl.where(good, narrow, FAR))
         if not SCALED:
             kept_square = square
         norm = tl.maximum(norm, kept_square)
         loss = tl.maximum(loss, lost_square)
         half_norm = tl.maximum(half_norm, 0.5 * square)
         reach = tl.maximum(reach, tl.where(good, own_reach, 0.0))
-        lowest = tl.minimum(lowest, tl.where(good, index, 2147483647))
+        lowest = tl.minimum(lowest, tl.where(good, index, NO_POINT))
     out = facts + tl.program_id(0) * NUM_FACTS
     tl.store(out, tl.max(norm, axis=0))
     tl.store(out + 1, tl.max(loss, axis=0))
@@ -189,6 +193,6 @@ def load_facts(facts, programs, number, BLOCK_P: tl.constexpr):
     program = tl.arange(0, BLOCK_P)
     found = tl.load(facts + program * NUM_FACTS + number, mask=program < programs, other=0.0)
     if number == 4:
-        found = tl.where(program < programs, found, 2147483647.0)
+        found = tl.where(program < programs, found, NO_POINT)
         return tl.min(found, axis=0)
     return tl.max(found, axis=0)

@@ -174,6 +174,7 @@ def settle(
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
     LENGTH: tl.constexpr,
+    FAR: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -208,7 +209,7 @@ def settle(
                 index = tl.load(at, mask=wanted, other=0) + ((member & 1) + (member >> 1) * SPAN)[None, :]
                 wanted = wanted & (index < num_points)
                 index = tl.minimum(index, num_points - 1)
-                wanted = wanted & (tl.load(half_norms + index) < infinity)
+                wanted = wanted & (tl.load(half_norms + index) < FAR)
                 dist = _literal(
                     start, codes, dither, index.to(tl.int64), features, x_feature, stride_code,
                     stride_feature, wanted, DITHERED,
@@ -224,7 +225,7 @@ def settle(
                 index = tile * BLOCK_K + column
                 good = index < num_points
                 index = tl.minimum(index, num_points - 1)
-                good = good & (tl.load(half_norms + index) < infinity)
+                good = good & (tl.load(half_norms + index) < FAR)
                 dist = _literal(
                     start, codes, dither, index.to(tl.int64)[None, :], features, x_feature, stride_code,
                     stride_feature, good[None, :], DITHERED,

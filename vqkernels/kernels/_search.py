@@ -30,8 +30,6 @@ from vqkernels.kernels._points import scale_of
 MOST = tl.constexpr(16777216.0)
 # what half a squared distance is raised by, relative to the row's own norm
 RAISE = tl.constexpr(1.001953125)
-# what a point that must lose is away, and what no score that is trusted comes near
-FAR = tl.constexpr(1e38)
 NOTHING = tl.constexpr(2147483647)
 INFINITY_BITS = tl.constexpr(2139095040)
 
@@ -300,8 +298,6 @@ def search(
         half_norm = tl.load(norm_at + tile * BLOCK_K)
         if SCALED:
             half_norm *= ratio
-        # a number in the low bits of inf would make a nan of it
-        half_norm = tl.minimum(half_norm, FAR)
         score = half_norm[None, :] + raised[:, None]
         if not DESCRIBED:
             here = points + tile_size * tile
