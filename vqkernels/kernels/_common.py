@@ -72,6 +72,11 @@ def processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
 
 
+def cdiv(count: int, size: int) -> int:
+    """How many of `size` cover `count`; triton's own takes longer than the launch of a kernel may."""
+    return -(-count // size)
+
+
 def architecture(tensor: Tensor) -> int:
     """Ten times the compute capability of the device of `tensor`; that of Hopper when interpreted."""
     if not tensor.is_cuda:
@@ -82,7 +87,7 @@ def architecture(tensor: Tensor) -> int:
 
 def feature_block(features: int, largest: int) -> int:
     """Features held at once: a power of two, 16 or more, the whole row if `largest` allows."""
-    return min(largest, max(16, triton.next_power_of_2(features)))
+    return min(largest, max(16, 1 << (features - 1).bit_length()))
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ class Plan:
         return f"{TYPES[self.x]}_{TYPES[self.codes]}{'_dithered' if self.dithered else ''}"
 
 
+@functools.cache
 def survey_form(plan: Plan) -> Configuration:
     return Configuration(
         name=f"nearest_code_survey_{TYPES[plan.codes]}",
@@ -65,6 +67,7 @@ def survey_form(plan: Plan) -> Configuration:
     )
 
 
+@functools.cache
 def prepare_form(plan: Plan) -> Configuration:
     return Configuration(
         name=f"nearest_code_prepare_{plan.name}",
@@ -94,6 +97,7 @@ def prepare_form(plan: Plan) -> Configuration:
     )
 
 
+@functools.cache
 def halve_form(plan: Plan, rows: int) -> Configuration:
     return Configuration(
         name=f"nearest_code_halve_{TYPES[plan.x]}_{rows}",
@@ -106,6 +110,7 @@ def halve_form(plan: Plan, rows: int) -> Configuration:
     )
 
 
+@functools.cache
 def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = True) -> Configuration:
     """The search in this form for rows of these features."""
     chunks = chunks_of(features)
@@ -157,6 +162,7 @@ def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = 
     )
 
 
+@functools.cache
 def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configuration:
     block = feature_block(features, _LONGEST_WHOLE)
     return Configuration(
@@ -202,6 +208,7 @@ def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configura
     )
 
 
+@functools.cache
 def candidates_form(plan: Plan, features: int) -> Configuration:
     padded = padded_features_of(features)
     block = min(64, padded & -padded)
@@ -235,6 +242,7 @@ def candidates_form(plan: Plan, features: int) -> Configuration:
     )
 
 
+@functools.cache
 def settle_form(plan: Plan) -> Configuration:
     return Configuration(
         name=f"nearest_code_settle_{plan.name}",

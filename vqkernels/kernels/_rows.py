@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from vqkernels.kernels._common import INTERPRETED
+from vqkernels.kernels._common import INTERPRETED, cdiv
 
 _LANES = 32
 # elements of a tile in each thread's registers, of all points of a row together
@@ -55,8 +55,8 @@ def tile_of(features: int, points: int = 1, strided: bool = False) -> Tile:
 
 def grid_of(outer: int, inner: int, tile: int) -> tuple[int, int, int]:
     """Programs for (B, M, D) rows, `tile` rows of one outer index each: no row needs a division."""
-    planes = triton.cdiv(outer, _LARGEST_GRID)
-    return triton.cdiv(inner, tile), triton.cdiv(outer, planes), planes
+    planes = cdiv(outer, _LARGEST_GRID)
+    return cdiv(inner, tile), cdiv(outer, planes), planes
 
 
 @triton.jit

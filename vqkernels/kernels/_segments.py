@@ -11,12 +11,14 @@ longer than another, however many rows it has, and nothing but the sorted codes 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqkernels.kernels._common import INTERPRETED, TYPES, Configuration
+from vqkernels.kernels._common import INTERPRETED, TYPES, Configuration, cdiv
 from vqkernels.kernels._directions import pulled
 from vqkernels.kernels._rows import load_rows, tile_of
 
@@ -194,6 +196,7 @@ def _segment_sums(
     _store(sums, place, head == 1, nothing, nothing, feature, features, POINTS)
 
 
+@functools.cache
 def segment_form(
     x: torch.dtype, codes: torch.dtype, keys: torch.dtype, points: int, features: int, parts: bool = False
 ) -> Configuration:
@@ -247,7 +250,7 @@ def segment_sums(
     rows = x if x.shape[0] == 1 and x.stride(-1) == 1 else x.contiguous().view(1, entries, features)
     levels = [entries]
     while levels[-1] > _chunk(levels[-1]):
-        levels.append(2 * triton.cdiv(levels[-1], _chunk(levels[-1])))
+        levels.append(2 * cdiv(levels[-1], _chunk(levels[-1])))
     # the sums, and after them the parts of every level, so that one pointer serves all
     sums = x.new_empty((num_codes + sum(levels[1:]), both, features), dtype=torch.float32)
     sums[:num_codes].zero_()
@@ -256,12 +259,12 @@ def segment_sums(
     source, stride, x_row, begin = rows, (table.stride(0), table.stride(1)), rows.stride(1), 0
     for entries in levels:
         chunk = _chunk(entries)
-        chunks = triton.cdiv(entries, chunk)
+        chunks = cdiv(entries, chunk)
         part_keys = keys.new_empty((2 * chunks,), dtype=torch.int32)
         form.launch(
             (
-                triton.cdiv(chunks, form.constants["BLOCK_N"]),
-                triton.cdiv(features, form.constants["BLOCK_D"]),
+                cdiv(chunks, form.constants["BLOCK_N"]),
+                cdiv(features, form.constants["BLOCK_D"]),
             ),
             source,
             table,
@@ -292,4 +295,4 @@ def segment_sums(
 
 def _chunk(entries: int) -> int:
     # entries are taken in fours
-    return _LONG_CHUNK if entries >= _MANY_ENTRIES else min(_CHUNK, 4 * triton.cdiv(entries, 4))
+    return _LONG_CHUNK if entries >= _MANY_ENTRIES else min(_CHUNK, 4 * cdiv(entries, 4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -50,6 +52,7 @@ def _code_sums(
         tl.atomic_add(sums + index[:, None] * features + column[None, :], value, mask=mask, sem="relaxed")
 
 
+@functools.cache
 def _form(x: torch.dtype, keys: torch.dtype | None, features: int, strided: bool = False) -> Configuration:
     tile = tile_of(features, strided=strided)
     ones, multiples = (("x_inner",), ("x_feature",)) if strided else (("x_feature",), ("x_inner",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -82,6 +84,7 @@ def _directional(
     store_rows(out, moved, live, column, features, z_feature, EVEN)
 
 
+@functools.cache
 def _form(
     x: torch.dtype,
     codes: torch.dtype,

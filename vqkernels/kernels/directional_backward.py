@@ -9,6 +9,8 @@ a fixed order over rows sorted by code.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -123,6 +125,7 @@ def _add_to_codes(start, h, good, feature, features):
     tl.atomic_add(start[:, None] + feature[None, :], h, mask=mask, sem="relaxed")
 
 
+@functools.cache
 def _form(
     grad: torch.dtype,
     x: torch.dtype,

@@ -8,12 +8,11 @@ answer), `candidates` and `settle` (the open rows). A codebook that stays is pre
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vqkernels.dispatch import BackendError
-from vqkernels.kernels._common import architecture, on_device_of, processors
+from vqkernels.kernels._common import architecture, cdiv, on_device_of, processors
 from vqkernels.kernels._forms import PAD, Form, alternatives, choose, chunks_of, padded_features_of
 from vqkernels.kernels._plans import (
     LENGTH,
@@ -47,14 +46,14 @@ def _parts(codebook: Tensor, dither: Tensor | None, plan: Plan) -> list[Tensor]:
     num_codes, features = codebook.shape
     num_points = num_codes - plan.dithered
     padded_features = padded_features_of(features)
-    padded_points = triton.cdiv(num_points, PAD) * PAD
-    programs = min(PREPARES, triton.cdiv(padded_points, 32))
+    padded_points = cdiv(num_points, PAD) * PAD
+    programs = min(PREPARES, cdiv(padded_points, 32))
     points = codebook.new_empty((padded_points, padded_features), dtype=plan.searched)
     half_norms = codebook.new_empty((padded_points,), dtype=torch.float32)
     centre = codebook.new_empty((padded_features + 1,), dtype=torch.float32)
     facts = codebook.new_empty((programs, int(NUM_FACTS)), dtype=torch.float64)
     sums = largest = centre
-    surveys = min(SURVEYS, triton.cdiv(num_codes, 32))
+    surveys = min(SURVEYS, cdiv(num_codes, 32))
     if plan.scaled:
         sums = codebook.new_empty((surveys, padded_features), dtype=torch.float32)
         largest = codebook.new_empty((surveys,), dtype=torch.float32)
@@ -127,10 +126,10 @@ def _launch(
     rows, features, inner = indices.numel(), x.shape[-1], x.shape[1]
     num_points, padded_features = len(codebook) - plan.dithered, points.shape[1]
     arch = architecture(x)
-    row_tiles, tiles = triton.cdiv(rows, form.block_n), triton.cdiv(num_points, form.block_k)
+    row_tiles, tiles = cdiv(rows, form.block_n), cdiv(num_points, form.block_k)
     # a small batch fills the device by splitting the points
     shares = max(1, min(tiles, 2 * processors(x) // row_tiles, 64))
-    numbers = triton.cdiv(tiles, shares) * (form.group if form.packed else 1)
+    numbers = cdiv(tiles, shares) * (form.group if form.packed else 1)
     mask = -(1 << (numbers - 1).bit_length())
 
     counters = x.new_empty((1,), dtype=torch.int32)
@@ -172,11 +171,11 @@ def _launch(
     open_rows = counters.new_empty((rows if exact else 1,))
     thresholds = best_score.new_empty((capacity,))
     hits = counters.new_empty((capacity,))
-    arrived = counters.new_empty((triton.cdiv(rows, TOGETHER) if exact else 1,))
+    arrived = counters.new_empty((cdiv(rows, TOGETHER) if exact else 1,))
     weights = half_norms if dither is None else dither.contiguous()
     finishing = finish_form(plan, form, exact, features)
     finishing.launch(
-        (triton.cdiv(rows, finishing.constants["BLOCK_N"]),),
+        (cdiv(rows, finishing.constants["BLOCK_N"]),),
         x,
         codebook,
         weights,

@@ -22,12 +22,22 @@ float64 as a whole.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqkernels.kernels._common import INTERPRETED, TYPES, Configuration, is_finite, on_device_of, processors
+from vqkernels.kernels._common import (
+    INTERPRETED,
+    TYPES,
+    Configuration,
+    cdiv,
+    is_finite,
+    on_device_of,
+    processors,
+)
 from vqkernels.kernels._polyline import GROUP, TILE, prepare
 from vqkernels.kernels._segment_rescue import finish, merge, rescue, starts_of
 
@@ -142,6 +152,7 @@ def _prepare(codes: torch.dtype, searched: torch.dtype) -> Configuration:
     )
 
 
+@functools.cache
 def _search_form(x: torch.dtype, searched: torch.dtype, features: int) -> Configuration:
     half = searched != torch.float32
     block = min(64 if half else 16, max(16, triton.next_power_of_2(features)))
@@ -272,8 +283,8 @@ def _launch(x: Tensor, codebook: Tensor, segments: Tensor, position: Tensor, sq_
     search = _search_form(x.dtype, searched, features)
     block = max(search.constants["BLOCK_D"], _PREPARED_FEATURES)
     # one segment beyond the last carries the norm of the last code
-    padded = triton.cdiv(num_codes, TILE) * TILE
-    padded_features = triton.cdiv(features, block) * block
+    padded = cdiv(num_codes, TILE) * TILE
+    padded_features = cdiv(features, block) * block
     starts = x.new_empty((padded_features, padded), dtype=searched)
     ends = torch.empty_like(starts)
     half_norms = x.new_empty((padded,), dtype=torch.float32)
@@ -294,7 +305,7 @@ def _launch(x: Tensor, codebook: Tensor, segments: Tensor, position: Tensor, sq_
         *codebook.stride(),
     )
 
-    tiles, row_tiles = padded // TILE, triton.cdiv(rows, search.constants["BLOCK_N"])
+    tiles, row_tiles = padded // TILE, cdiv(rows, search.constants["BLOCK_N"])
     # a small batch fills the device by splitting the segments
     shares = max(1, min(tiles, 2 * processors(x) // row_tiles, 64))
     best_score = x.new_empty((shares, rows), dtype=torch.float32)
@@ -321,7 +332,7 @@ def _launch(x: Tensor, codebook: Tensor, segments: Tensor, position: Tensor, sq_
     open_rows = x.new_empty((rows,), dtype=torch.int64)
     open_count = x.new_zeros((1,), dtype=torch.int32)
     _finish(x.dtype, codebook.dtype).launch(
-        (triton.cdiv(rows, _FINISH_ROWS),),
+        (cdiv(rows, _FINISH_ROWS),),
         x,
         codebook,
         squares.amax(),
@@ -343,7 +354,7 @@ def _launch(x: Tensor, codebook: Tensor, segments: Tensor, position: Tensor, sq_
     )
 
     programs = _RESCUE_PROGRAMS * processors(x)
-    parts = _RESCUE_ROWS * max(triton.cdiv(rows, _RESCUE_ROWS), programs)
+    parts = _RESCUE_ROWS * max(cdiv(rows, _RESCUE_ROWS), programs)
     part_dist = x.new_empty((parts,), dtype=torch.float64)
     part_position = x.new_empty((parts,), dtype=torch.float32)
     part_segment = x.new_empty((parts,), dtype=torch.int32)
@@ -365,7 +376,7 @@ def _launch(x: Tensor, codebook: Tensor, segments: Tensor, position: Tensor, sq_
         *x.stride(),
     )
     _MERGE.launch(
-        (triton.cdiv(rows, _MERGE_ROWS),),
+        (cdiv(rows, _MERGE_ROWS),),
         open_rows,
         open_count,
         part_dist,

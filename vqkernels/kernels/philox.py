@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqkernels.kernels._common import INTERPRETED, Configuration, on_device_of
+from vqkernels.kernels._common import INTERPRETED, Configuration, cdiv, on_device_of
 from vqkernels.kernels._noise import normal_pair, philox_words
 
 
@@ -55,6 +55,6 @@ def launch(seed: Tensor, rows: int, blocks: int, stream: int, row_offset: int) -
         total = rows * blocks
         with on_device_of(seed):
             _configuration(stream).launch(
-                (triton.cdiv(total, _BLOCK),), seed, words, normals, total, blocks, row_offset
+                (cdiv(total, _BLOCK),), seed, words, normals, total, blocks, row_offset
             )
     return words, normals
