@@ -117,9 +117,12 @@ _TABLE: dict[tuple[int, int, int], Form] = {
     (80, 512, 16384): Form(128, 128, 4, False, 8, 3),
     (80, 512, 65536): Form(128, 128, 8, False, 8, 3),
 }
-# on Blackwell the second four of eight warps hold the second half of a tile
+# on Blackwell the second four of eight warps hold the second half of a tile, and a thread a whole row of it: groups of
+# 4 leave no register for the tile of 128
 _TABLE |= {
-    (100, width, codes): replace(form, block_k=min(form.block_k, 128), parts=form.warps // 4)
+    (100, width, codes): replace(
+        form, block_k=64 if form.warps == form.group == 4 else min(form.block_k, 128), parts=form.warps // 4
+    )
     for (generation, width, codes), form in _TABLE.items()
     if generation == 90
 }
