@@ -10,6 +10,8 @@
 namespace vqk::cuda {
 
 __device__ __forceinline__ int64_t offset(const Rows& rows, int64_t n) {
+  // (N, D) rows need no division of 64 bits
+  if (rows.batch == 1) return n * rows.stride_inner;
   return n / rows.inner * rows.stride_batch + n % rows.inner * rows.stride_inner;
 }
 

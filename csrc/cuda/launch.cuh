@@ -12,14 +12,20 @@ struct Launch {
   unsigned int cluster = 1;
 };
 
+// an error that is reported here must not be met again by whoever asks next
+inline cudaError_t taken(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments... arguments) {
   if (how.shared > 48 << 10) {
     const cudaError_t error =
         cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return taken(error);
   }
-  cudaLaunchAttribute cluster;
+  cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = how.cluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -30,8 +36,7 @@ cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments..
   config.stream = how.stream;
   config.attrs = &cluster;
   config.numAttrs = how.cluster > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  return taken(cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...));
 }
 
 }  // namespace vqk::cuda

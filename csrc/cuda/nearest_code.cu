@@ -26,6 +26,7 @@ cudaError_t chip_of(Chip* chip) {
     known = -1;
     for (const auto& each : asked)
       if (error == cudaSuccess) error = cudaDeviceGetAttribute(each.to, each.what, device);
+    if (error == cudaSuccess && kept.major == 9 && !sm90_ready()) kept.major = 8;
     if (error == cudaSuccess) known = device;
   }
   *chip = kept;

@@ -105,7 +105,7 @@ constexpr Plan plan_of(int64_t count, int64_t codes, int64_t features, const Chi
 
 // open rows whose candidates are kept
 constexpr int64_t open_capacity(int64_t count) {
-  const int64_t share = count / 8, least = 4096;
+  const int64_t share = count / 2, least = 4096;
   return share > least ? share : count < least ? count : least;
 }
 

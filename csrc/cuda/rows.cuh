@@ -150,6 +150,13 @@ inline Answers answers_of(const NearestCode& a) { return {a.indices, a.sq_dist, 
 // power of two that brings a largest element to [2^14, 2^15), the upper end of float16
 __device__ __forceinline__ int scale_of(double largest) { return largest > 0 ? 14 - ilogb(largest) : 0; }
 
+__device__ __forceinline__ int scale_of(float largest) {
+  return largest >= 0x1p-126f ? 141 - (__float_as_int(largest) >> 23) : scale_of((double)largest);
+}
+
+// 2^n for -126 <= n <= 127
+__device__ __forceinline__ float power_of_two(int n) { return __int_as_float((127 + n) << 23); }
+
 __device__ __forceinline__ Reach reach_of(const Spread& s, bool scaled) {
   return {__longlong_as_double((long long)s.norm), __longlong_as_double((long long)s.lost),
           scaled ? scale_of(__longlong_as_double((long long)s.largest)) : 0};
@@ -159,7 +166,7 @@ __device__ __forceinline__ Reach reach_of(const Spread& s, bool scaled) {
 struct Scale {
   float first, second;
   __device__ __forceinline__ explicit Scale(int shift)
-      : first(ldexpf(1.0f, shift / 2)), second(ldexpf(1.0f, shift - shift / 2)) {}
+      : first(power_of_two(shift / 2)), second(power_of_two(shift - shift / 2)) {}
   __device__ __forceinline__ float operator()(float v) const { return v * first * second; }
 };
 

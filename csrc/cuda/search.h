@@ -5,6 +5,8 @@
 
 namespace vqk::cuda {
 
+// whether the driver makes the tensor maps that the Hopper search needs
+bool sm90_ready();
 cudaError_t search_sm90(const Search& s, const Plan& plan, bool bf16, cudaStream_t stream);
 cudaError_t search_mma(const Search& s, const Plan& plan, bool bf16, cudaStream_t stream);
 // by the tiles of a plan for a GPU without wgmma

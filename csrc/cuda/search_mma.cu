@@ -207,7 +207,11 @@ __global__ void __launch_bounds__(kThreads, 1) candidates_kernel(Search s, Open 
             const float score = __fmaf_rn(products[m][4 * (j / 2) + 2 * r + (j & 1)], factor[m][r], bias);
             if (!(score <= bar[m][r])) continue;
             const unsigned int slot = slot0 + row + 16 * m + 8 * r, place = atomicAdd(open.found + slot, 1u);
-            if (place < kCandidates) open.codes[(int64_t)slot * kCandidates + place] = first + j;
+            if (place < kCandidates)
+              open.codes[(int64_t)slot * kCandidates + place] = first + j;
+            else
+              // the list is full: a collapsed codebook must not count to K
+              bar[m][r] = -INFINITY;
           }
       }
     });

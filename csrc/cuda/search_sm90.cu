@@ -249,9 +249,14 @@ Encode find_encode() {
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? (Encode)found : nullptr;
 }
 
+Encode encode_of_driver() {
+  static const Encode encode = find_encode();
+  return encode;
+}
+
 // the half copy as boxes of half a tile's codes by one stage's features; 0 past the last feature
 cudaError_t map_of(const Search& s, bool bf16, CUtensorMap* map) {
-  static const Encode encode = find_encode();
+  const Encode encode = encode_of_driver();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {(cuuint64_t)s.steps * kStep, (cuuint64_t)s.tiles * kTile};
   const cuuint64_t pitch[1] = {sizes[0] * 2};
@@ -274,6 +279,8 @@ cudaError_t launch(const Search& s, const Plan& plan, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool sm90_ready() { return encode_of_driver() != nullptr; }
 
 cudaError_t search_sm90(const Search& s, const Plan& plan, bool bf16, cudaStream_t stream) {
   const int tail = (s.steps - 1) % kSteps + 1;
