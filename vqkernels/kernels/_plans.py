@@ -77,7 +77,7 @@ def prepare_form(plan: Plan) -> Configuration:
             "SCALED": plan.scaled,
             "SURVEYS": SURVEYS,
             "FAR": plan.far,
-            "BLOCK_K": PAD if INTERPRETED else 16,
+            "BLOCK_K": PAD if INTERPRETED else 32,
             "BLOCK_D": 16,
         },
         types={
