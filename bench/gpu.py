@@ -81,7 +81,14 @@ def run_step(step: Step, seconds: float, out: Path) -> Outcome:
         log.flush()
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # started behind a shell's back, it would be deaf to the request to end
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         except OSError as error:
             log.write(f"{error}\n")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DTYPES, INTERPRETED
 
-from vqkernels import BackendError, nearest_code, prepare
+from vqkernels import BackendError, nearest_code, prepare, use_backend
 from vqkernels.ops.nearest_code import dithered, nearest_code_op
 from vqkernels.testing import DEVICE, LAYOUTS, brute_force, clusters, strided
 
@@ -231,6 +231,11 @@ def test_a_prepared_codebook_refuses_what_it_was_not_made_for():
         nearest_code(x, handle, backend="native")
     with pytest.raises(ValueError, match=r"codebook must be \(K, 4\)"):
         nearest_code(torch.randn(2, 4), handle)
+    with (
+        pytest.raises(ValueError, match=r"backend must be 'reference', which prepared it; got 'native'"),
+        use_backend("native"),
+    ):
+        nearest_code(x, handle)
     with pytest.raises(TypeError, match=r"prepare: x_dtype must be float16, .*; got torch.int64"):
         prepare(codes, x_dtype=torch.int64)
     with pytest.raises(ValueError, match=r"prepare: codebook must have at least 1 code; got 0"):

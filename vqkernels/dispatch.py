@@ -135,6 +135,11 @@ class Op:
         )
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or the environment forces, or None."""
+    return _forced
+
+
 def unknown_backend(op: str, name: str) -> str:
     """The sentence that refuses a backend nobody knows."""
     return f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}. Pass one of these names."

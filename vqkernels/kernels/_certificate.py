@@ -6,11 +6,11 @@ contract minimises d_j, the squared distance in float64 by ascending features. I
 C = max |ch|, r = |x - xh|, l = max |c - ch|, B = rho max |c|^2/2 and R = X^2/(2 rho) (1 + 2^-8):
 
     |t_j - h_j| <= r C + X l                                     the copies are not the numbers: Cauchy-Schwarz
-                 + kappa ((X + r) C + B + R) + 2^-24 (B + R)     the products, their sum, the start of the sum
+                 + kappa ((X + r) C + B + R) + 2^-23 (B + R)     the products, their sum, the start of the sum
                  + 4 (D + 2) 2^-126                              underflow
     |d_j/2 - h_j| <= (D + 4) 2^-52 (X/sqrt(rho) + (C + l) sqrt(rho))^2
 
-kappa = ceil(D/16) (2^-23 + 17 2^-24) is a tensor core that aligns and truncates 17 addends at a time; sequential
+kappa = 22 2^-24 ceil(D/16) is a tensor core that aligns and truncates 17 addends at a time, or twice 9; sequential
 float32 sums keep it as well. With E the sum of both lines, a runner-up more than 2 E behind cannot be the contract's
 choice. Every norm is measured, r and l too: halves of one type lose nothing (r = l = 0). The difference x - m is
 itself rounded, by 2^-24 X, which r includes. What float32 does to the bound is covered by a factor.
@@ -30,7 +30,7 @@ import triton.language as tl
 
 from vqkernels.kernels._common import is_finite, row_offsets
 from vqkernels.kernels._points import NO_POINT, load_facts, load_near_point, load_point, scale_of
-from vqkernels.kernels._search import load_features, magnitude
+from vqkernels.kernels._search import RAISE, load_features, magnitude
 
 _ULP = tl.constexpr(5.9604644775390625e-08)
 
@@ -38,9 +38,9 @@ _ULP = tl.constexpr(5.9604644775390625e-08)
 @triton.jit
 def _error_bound(size, lost, kept, loss, half_norm, raised, ratio, features):
     """E of each row, float64, from X, r, C, l, B, R and rho."""
-    kappa = ((features + 15) // 16) * (19.0 * _ULP)
+    kappa = ((features + 15) // 16) * (22.0 * _ULP)
     copies = lost * kept + size * loss
-    products = kappa * ((size + lost) * kept + half_norm + raised) + _ULP * (half_norm + raised)
+    products = kappa * ((size + lost) * kept + half_norm + raised) + 2.0 * _ULP * (half_norm + raised)
     underflow = 4.0 * (features + 2.0) * 1.1754943508222875e-38
     both = size / tl.sqrt(ratio) + (kept + loss) * tl.sqrt(ratio)
     contract = (features + 4.0) * 2.220446049250313e-16 * both * both
@@ -49,13 +49,15 @@ def _error_bound(size, lost, kept, loss, half_norm, raised, ratio, features):
 
 @triton.jit
 def _halves_and_loss(value, scale, HALF: tl.constexpr):
-    """Squared norm of a tile of rows in float32, and of what rounding to the halves takes from it."""
+    """Squared norms in float32 of a tile of rows, of its halves, and of what rounding to them takes."""
     value = value * scale[:, None]
-    lost = tl.zeros((value.shape[0],), tl.float32)
+    square = tl.sum(value * value, axis=1)
     if HALF:
-        rest = value - value.to(tl.float16).to(tl.float32)
-        lost = tl.sum(rest * rest, axis=1)
-    return tl.sum(value * value, axis=1), lost
+        half = value.to(tl.float16).to(tl.float32)
+        rest = value - half
+        return square, tl.sum(half * half, axis=1), tl.sum(rest * rest, axis=1)
+    else:
+        return square, square, square * 0.0
 
 
 @triton.jit
@@ -100,6 +102,7 @@ def finish(
     EXACT: tl.constexpr,
     DITHERED: tl.constexpr,
     SCALED: tl.constexpr,
+    COPIED: tl.constexpr,
     WHOLE: tl.constexpr,
     MEMBERS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -143,6 +146,7 @@ def finish(
     bad = tl.zeros((BLOCK_N,), tl.int32)
     largest = tl.zeros((BLOCK_N,), tl.float32)
     square = tl.zeros((BLOCK_N,), tl.float32)
+    half_square = tl.zeros((BLOCK_N,), tl.float32)
     lost = tl.zeros((BLOCK_N,), tl.float32)
     if WHOLE:
         seen = (column < features)[None, :]
@@ -155,7 +159,7 @@ def finish(
             largest = magnitude(centred)
             # where nothing is scaled the squares still must not underflow
             scale = unit if SCALED else scale_of(largest, infinity)
-            square, lost = _halves_and_loss(centred, scale, SCALED)
+            square, half_square, lost = _halves_and_loss(centred, scale, SCALED)
     else:
         for first in range(0, features, BLOCK_D):
             value = load_features(start, first + column, features, x_feature, centre, False, False)
@@ -166,8 +170,9 @@ def finish(
             scale = unit if SCALED else scale_of(largest, infinity)
             for first in range(0, padded_features, BLOCK_D):
                 value = load_features(start, first + column, features, x_feature, centre, SCALED, False)
-                more, rest = _halves_and_loss(value.to(tl.float32), scale, SCALED)
+                more, of_halves, rest = _halves_and_loss(value.to(tl.float32), scale, SCALED)
                 square += more
+                half_square += of_halves
                 lost += rest
     finite = bad == 0
 
@@ -240,8 +245,12 @@ def finish(
         own = scale.to(tl.float64)
         size = tl.sqrt(square.to(tl.float64)) / own * unit.to(tl.float64)
         gone = tl.sqrt(lost.to(tl.float64))
+        # where the search began, by the same formula; sums in another order differ by less than `top` allows for
+        began = (half_square if COPIED else square).to(tl.float64)
         if SCALED:
-            gone += size * _ULP
+            # beside a row of 2^75 times its size a row vanishes, and its squares with it: 2^-62 for each feature
+            size += (features + 1.0) * 2.168404344971009e-19
+            gone += size * _ULP + (features + 1.0) * 2.168404344971009e-19
         ratio = unit.to(tl.float64) / of_codes
         raised = 0.5 * size * size / ratio * 1.00390625
         kept = tl.sqrt(load_facts(facts, programs, 0, BLOCK_P))
@@ -265,15 +274,18 @@ def finish(
         is_open = (live & answered & (certain == 0)).to(tl.int32)
         found = tl.sum(is_open)
         if found > 0:
-            # sums of the same row in another order differ by less than the last term
-            top = best.to(tl.float64) + 2.0 * bound + raised * (features + 8.0) * (4.0 * _ULP)
+            if not SCALED:
+                began = began / own / own
+            began = 0.5 * began / ratio * RAISE
+            top = best.to(tl.float64) - began + 2.0 * bound + raised * (features + 8.0) * (4.0 * _ULP)
             slot = tl.atomic_add(counters, found) + tl.cumsum(is_open) - is_open
             taken = is_open == 1
             tl.store(open_rows + slot, rows.to(tl.int32), mask=taken)
             known = taken & (slot < capacity)
-            top = top / unit.to(tl.float64) * 1.000001
-            usable = ordered & (top > 1e-30) & (top < 1e38)
-            tl.store(thresholds + slot, top.to(tl.float32), mask=known)
+            top = top / unit.to(tl.float64)
+            top += tl.abs(top) * 0.000001
+            usable = ordered & (tl.abs(top) > 1e-30) & (tl.abs(top) < 1e38)
+            tl.store(thresholds + slot, tl.where(usable, top, float("-inf")).to(tl.float32), mask=known)
             # what has no threshold is searched whole
             tl.store(hits + slot, tl.where(usable, 0, LENGTH + 1), mask=known)
             tl.store(arrived + slot // TOGETHER, tl.zeros((BLOCK_N,), tl.int32), mask=taken)

@@ -83,7 +83,8 @@ def forced(form: Form) -> Iterator[None]:
 
 def bucket(arch: int, features: int, num_points: int) -> tuple[int, int, int]:
     """What the choice depends on: generation, and the sizes rounded up to a few steps."""
-    generation = 100 if arch >= 100 else 90 if arch >= 90 else 80
+    # consumer Blackwell has the shared memory of Ampere
+    generation = 80 if arch >= 120 or arch < 90 else 100 if arch >= 100 else 90
     width = next((step for step in (64, 128, 256) if features <= step), 512)
     codes = next((step for step in (4096, 16384) if num_points <= step), 1 << 16)
     return generation, width, codes

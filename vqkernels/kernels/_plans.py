@@ -56,6 +56,7 @@ class Plan:
 
 @functools.cache
 def survey_form(plan: Plan) -> Configuration:
+    """Sums and largest magnitude of the codes."""
     return Configuration(
         name=f"nearest_code_survey_{TYPES[plan.codes]}",
         kernel=survey,
@@ -69,6 +70,7 @@ def survey_form(plan: Plan) -> Configuration:
 
 @functools.cache
 def prepare_form(plan: Plan) -> Configuration:
+    """Copies, norms and facts of the points."""
     return Configuration(
         name=f"nearest_code_prepare_{plan.name}",
         kernel=prepare,
@@ -99,6 +101,7 @@ def prepare_form(plan: Plan) -> Configuration:
 
 @functools.cache
 def halve_form(plan: Plan, rows: int) -> Configuration:
+    """Scaled copies of long rows, one scale for so many."""
     return Configuration(
         name=f"nearest_code_halve_{TYPES[plan.x]}_{rows}",
         kernel=halve,
@@ -164,6 +167,7 @@ def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = 
 
 @functools.cache
 def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configuration:
+    """The certificate and the answer."""
     block = feature_block(features, _LONGEST_WHOLE)
     return Configuration(
         name=f"nearest_code_finish_{plan.name}_d{block}{'' if features <= block else '_loop'}"
@@ -173,6 +177,7 @@ def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configura
             "EXACT": exact,
             "DITHERED": plan.dithered,
             "SCALED": plan.scaled,
+            "COPIED": plan.scaled and not chunks_of(features),
             "WHOLE": features <= block,
             "MEMBERS": form.members,
             "SPAN": form.span,
@@ -210,6 +215,7 @@ def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configura
 
 @functools.cache
 def candidates_form(plan: Plan, features: int) -> Configuration:
+    """The second search, of open rows."""
     padded = padded_features_of(features)
     block = min(64, padded & -padded)
     return Configuration(
@@ -244,6 +250,7 @@ def candidates_form(plan: Plan, features: int) -> Configuration:
 
 @functools.cache
 def settle_form(plan: Plan) -> Configuration:
+    """The contract for open rows."""
     return Configuration(
         name=f"nearest_code_settle_{plan.name}",
         kernel=settle,
@@ -288,7 +295,7 @@ _PLANS = [
 
 def searches(arch: int) -> list[tuple[Configuration, Form]]:
     """Every line of the table for this generation, of exact halves and of scaled rows, and odd numbers of features."""
-    generation = 100 if arch >= 100 else 90 if arch >= 90 else 80
+    generation = arch
     found = {}
     for of, width, codes in all_buckets():
         if of == generation:

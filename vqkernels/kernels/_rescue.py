@@ -17,7 +17,6 @@ from vqkernels.kernels._common import row_offsets
 from vqkernels.kernels._points import load_point
 from vqkernels.kernels._search import (
     NOTHING,
-    RAISE,
     first_of_group,
     halved,
     load_features,
@@ -80,12 +79,6 @@ def candidates(
                 largest = tl.maximum(largest, magnitude(value))
         # a row's own scale is at least that of its tile, so that its copy is no worse and the bound still holds
         scale, ratio = scale_rows(largest, centre, padded_features, SCALED)
-        square = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, padded_features, BLOCK_D):
-            value = load_features(start, first + feature, features, x_feature, centre, SCALED, False)
-            value = value.to(tl.float32) * scale[:, None]
-            square += tl.sum(value * value, axis=1)
-        raised = 0.5 * square / ratio * RAISE
         most = tl.load(thresholds + slot, mask=live, other=float("-inf")) * scale
         for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
             index = tile * BLOCK_K + column
@@ -95,7 +88,7 @@ def candidates(
                 at = points + index.to(tl.int64)[None, :] * padded_features + (first + feature)[:, None]
                 score = tl.dot(halved(value, scale[:, None], SCALED), tl.load(at), score)
             half_norm = tl.load(half_norms + index)
-            score = score + (half_norm[None, :] * ratio[:, None] + raised[:, None])
+            score = score + half_norm[None, :] * ratio[:, None]
             least = smallest_of_groups(score, GROUP, 1, BLOCK_N, BLOCK_K)
             hit = (least <= most[:, None]) & live[:, None]
             base = tile * BLOCK_K + first_of_group(slot_of_group, GROUP, 1, BLOCK_K)
@@ -141,7 +134,6 @@ def _better(dist, index, least, code):
 
 @triton.jit
 def _answer(indices, sq_dist, rows, least, code, mask):
-    # without a finite distance the lowest finite code is the choice, and that is what code began as
     tl.store(indices + rows, code.to(tl.int64), mask=mask)
     tl.store(sq_dist + rows, least.to(tl.float32), mask=mask)
 

@@ -25,8 +25,7 @@ import triton.language as tl
 from vqkernels.kernels._common import is_finite, row_offsets
 from vqkernels.kernels._points import scale_of
 
-# codes are numbered in 24 bits of a float where they must be, so a scale of rows beyond this many times
-# that of the codes would gain nothing
+# a scale of rows beyond this many times that of the codes would gain nothing, and what is far would be inf
 MOST = tl.constexpr(16777216.0)
 # what half a squared distance is raised by, relative to the row's own norm
 RAISE = tl.constexpr(1.001953125)
@@ -40,7 +39,13 @@ def load_features(start, feature, features, x_feature, centre, SCALED: tl.conste
     at = start[:, None] + feature.to(tl.int64)[None, :] * x_feature
     value = tl.load(at) if EVEN else tl.load(at, mask=(feature < features)[None, :], other=0.0)
     if SCALED:
-        value = value.to(tl.float32) - tl.load(centre + feature)[None, :]
+        # behind the centre stands the scale
+        mean = (
+            tl.load(centre + feature)
+            if EVEN
+            else tl.load(centre + feature, mask=feature < features, other=0.0)
+        )
+        value = value.to(tl.float32) - mean[None, :]
     return value
 
 

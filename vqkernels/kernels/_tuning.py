@@ -26,10 +26,12 @@ _ROWS = (4096, 32768)
 _ROUNDS = 7
 
 
-def key_of(device: str, arch: int, features: int, num_points: int, scaled: bool, rows: int) -> str:
+def key_of(
+    device: str, arch: int, features: int, num_points: int, scaled: bool, rows: int, exact: bool
+) -> str:
     """What a measured form holds for: this GPU, this compiler, and the sizes in steps."""
     steps = *bucket(arch, features, num_points), next((step for step in _ROWS if rows <= step), 1 << 20)
-    kind = "scaled" if scaled else "exact"
+    kind = f"{'scaled' if scaled else 'halves'}, {'exact' if exact else 'fast'}"
     return f"{device}, triton {triton.__version__}, {kind}, {'x'.join(map(str, steps))}"
 
 
@@ -91,7 +93,7 @@ def milliseconds(run: Callable[[], object]) -> float:
     """Median time of `run` on the current CUDA device, inf where the device cannot run it."""
     try:
         return statistics.median(_times(run))
-    except triton.runtime.errors.OutOfResources:
+    except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
         return float("inf")
 
 
@@ -107,7 +109,7 @@ def _times(run: Callable[[], object]) -> Iterator[float]:
 
 
 def wanted(x: torch.Tensor) -> Path | None:
-    """The file to tune by for rows on this device, or None; never while a graph is captured or code is traced."""
+    """The file to tune by for rows on this device, or None; never while a graph is captured."""
     name = os.environ.get(FORMS)
     if not name or not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return None

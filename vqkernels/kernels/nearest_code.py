@@ -103,7 +103,7 @@ def launch(
         form = choose(*sizes)
         file = wanted(x)
         if file is not None:
-            key = key_of(torch.cuda.get_device_name(x.device), *sizes, rows)
+            key = key_of(torch.cuda.get_device_name(x.device), *sizes, rows, exact)
             form = tuned_form(
                 file, key, form, alternatives(*sizes), lambda each: milliseconds(lambda: run(each))
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqkernels import kernels, native
 from vqkernels.checks import check_codebook, check_dtype, check_flag, check_pair, check_rows, refuse
-from vqkernels.dispatch import Op
+from vqkernels.dispatch import Op, forced_backend
 from vqkernels.ops._layout import collapse
 
 # the reference keeps this many float64 scores at a time
@@ -152,6 +152,7 @@ def _prepared(x: Tensor, codebook: PreparedCodebook, backend: str | None) -> tup
     if x.dtype != codebook.x_dtype:
         fix = f"Call prepare(codebook, x_dtype={x.dtype})"
         refuse(ValueError, "nearest_code", "x", f"be {codebook.x_dtype}, as prepared for", x.dtype, fix)
+    backend = forced_backend() if backend is None else backend
     if backend not in (None, codebook.backend):
         fix = f"Call prepare(codebook, backend={backend!r})"
         refuse(
