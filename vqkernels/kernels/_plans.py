@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vqkernels.kernels._certificate import finish
+from vqkernels.kernels._certificate import certify
 from vqkernels.kernels._common import INTERPRETED, TYPES, Configuration, feature_block
+from vqkernels.kernels._finish import finish
 from vqkernels.kernels._forms import LOOP_BLOCK, PAD, Form, all_buckets, choose, chunks_of, padded_features_of
 from vqkernels.kernels._points import prepare, survey
 from vqkernels.kernels._rescue import candidates, settle
@@ -19,6 +20,7 @@ PREPARES = 2 if INTERPRETED else 256
 # elements of a tile of rows in the finish
 _FINISH_TILE = 1 << 16 if INTERPRETED else 1 << 11
 _LONGEST_WHOLE = 512
+_MOST_FINISHED = 4096 if INTERPRETED else 32
 # groups that are listed for an open row; of these rows at most a quarter of all (or 8192) has a list
 LENGTH = 8
 _RESCUE = Form(128 if INTERPRETED else 64, PAD if INTERPRETED else 128, 8, False, 4, 2)
@@ -144,6 +146,7 @@ def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = 
             "THIRD_D": third,
             "LOOP": not chunks,
             "DESCRIBED": described,
+            "BLOCK_P": PREPARES,
         },
         types={
             "x": f"*{TYPES[source]}",
@@ -153,6 +156,8 @@ def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = 
             "half_norms": "*fp32",
             "centre": "*fp32",
             "scales": "*fp32",
+            "facts": "*fp64",
+            "merged": "*fp64",
             "counters": "*i32",
             "best_out": "*fp32",
             "next_out": "*fp32",
@@ -169,6 +174,8 @@ def search_form(plan: Plan, form: Form, features: int, arch: int, exact: bool = 
 def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configuration:
     """The certificate and the answer."""
     block = feature_block(features, _LONGEST_WHOLE)
+    # what is kept per row outweighs short rows, and loops keep more
+    rows = max(1, min(_FINISH_TILE // block // (1 if features <= block else 2), _MOST_FINISHED))
     return Configuration(
         name=f"nearest_code_finish_{plan.name}_d{block}{'' if features <= block else '_loop'}"
         f"_of{form.members}x{form.span}{'_exact' if exact else ''}",
@@ -177,16 +184,12 @@ def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configura
             "EXACT": exact,
             "DITHERED": plan.dithered,
             "SCALED": plan.scaled,
-            "COPIED": plan.scaled and not chunks_of(features),
             "WHOLE": features <= block,
             "MEMBERS": form.members,
             "SPAN": form.span,
-            "LENGTH": LENGTH,
-            "TOGETHER": TOGETHER,
             "FAR": plan.far,
-            "BLOCK_N": max(1, _FINISH_TILE // block),
+            "BLOCK_N": rows,
             "BLOCK_D": block,
-            "BLOCK_P": PREPARES,
         },
         types={
             "x": f"*{TYPES[plan.x]}",
@@ -195,20 +198,53 @@ def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configura
             "half_norms": "*fp32",
             "centre": "*fp32",
             "scales": "*fp32",
-            "facts": "*fp64",
+            "merged": "*fp64",
             "best_score": "*fp32",
-            "next_score": "*fp32",
             "base": "*i32",
             "indices": "*i64",
             "sq_dist": "*fp32",
+            "measures": "*fp32",
+            "exact_dist": "*fp64",
+        },
+        ones=("x_feature", "stride_feature"),
+        multiples=("features", "padded_features", "x_inner", "x_outer", "stride_code"),
+        fused=False,
+    )
+
+
+@functools.cache
+def certify_form(plan: Plan, members: int, features: int) -> Configuration:
+    """The certificate, one row for a thread."""
+    copied = plan.scaled and not chunks_of(features)
+    return Configuration(
+        name=f"nearest_code_certify_{'scaled' if plan.scaled else 'halves'}{'_copied' if copied else ''}"
+        f"{'_dithered' if plan.dithered else ''}_of{members}",
+        kernel=certify,
+        constants={
+            "DITHERED": plan.dithered,
+            "SCALED": plan.scaled,
+            "COPIED": copied,
+            "MEMBERS": members,
+            "LENGTH": LENGTH,
+            "TOGETHER": TOGETHER,
+            "FAR": plan.far,
+            "BLOCK_N": 4096 if INTERPRETED else 128,
+        },
+        types={
+            "centre": "*fp32",
+            "scales": "*fp32",
+            "merged": "*fp64",
+            "best_score": "*fp32",
+            "next_score": "*fp32",
+            "measures": "*fp32",
+            "exact_dist": "*fp64",
             "open_rows": "*i32",
             "thresholds": "*fp32",
             "hits": "*i32",
             "counters": "*i32",
             "arrived": "*i32",
         },
-        ones=("x_feature", "stride_feature"),
-        multiples=("features", "padded_features", "x_inner", "x_outer", "stride_code"),
+        multiples=("features", "padded_features"),
         fused=False,
     )
 
@@ -334,6 +370,10 @@ def configurations() -> list[Configuration]:
         finish_form(single, packed, True, 1024),
         finish_form(mixed, group, True, 64),
         finish_form(half, group, False, 64),
+        finish_form(single, group, True, 8),
+        certify_form(half, 8, 64),
+        certify_form(single, 1, 1024),
+        certify_form(mixed, 8, 64),
         candidates_form(half, 64),
         candidates_form(single, 512),
         candidates_form(mixed, 16),

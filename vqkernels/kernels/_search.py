@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from vqkernels.kernels._common import is_finite, row_offsets
-from vqkernels.kernels._points import scale_of
+from vqkernels.kernels._points import load_facts, scale_of
 
 # a scale of rows beyond this many times that of the codes would gain nothing, and what is far would be inf
 MOST = tl.constexpr(16777216.0)
@@ -206,13 +206,15 @@ def _value(bits):
     return tl.where(bits < INFINITY_BITS, bits.to(tl.float32, bitcast=True), float("inf"))
 
 
-@triton.jit(do_not_specialize=["num_rows", "inner", "num_points", "mask"])
+@triton.jit(do_not_specialize=["num_rows", "inner", "num_points", "mask", "programs"])
 def search(
     x,
     points,
     half_norms,
     centre,
     scales,
+    facts,
+    merged,
     counters,
     best_out,
     next_out,
@@ -223,6 +225,7 @@ def search(
     padded_features,
     num_points,
     mask,
+    programs,
     x_outer,
     x_inner,
     x_feature,
@@ -240,6 +243,7 @@ def search(
     THIRD_D: tl.constexpr,
     LOOP: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Of one share of the points, for each row: the best group, its score, and the score of the runner-up.
 
@@ -346,7 +350,10 @@ def search(
     out = share * num_rows.to(tl.int64) + row
     live = row < num_rows
     if (tl.program_id(0) == 0) & (share == 0):
+        # what the next kernels ask for, once
         tl.store(counters, 0)
+        for fact in tl.static_range(5):
+            tl.store(merged + fact, load_facts(facts, programs, fact, BLOCK_P))
     # the low bits held a number: the winner is at most this, the others are at least that
     tl.store(best_out + out, _value(winner | ~mask), mask=live)
     if CERTIFIED:

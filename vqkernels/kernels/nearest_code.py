@@ -1,8 +1,8 @@
 """Nearest code in Triton: prepare the points, search by tensor cores, certify, and settle the rows left open.
 
-Five or six kernels, no host synchronisation: `survey` and `prepare` (copies and norms of the points; `halve` copies
-long rows that must be scaled), `search` (best group and runner-up of each row), `finish` (the certificate and the
-answer), `candidates` and `settle` (the open rows). A codebook that stays is prepared once, by `prepare_codes`.
+Six kernels, no host synchronisation: `prepare` (copies and norms of the points, after a `survey` where they are scaled;
+`halve` copies long rows that must be), `search` (best group and runner-up of each row), `finish` (its code and
+distance), `certify` (which rows stay open), `candidates` and `settle` (these rows). A codebook that stays is prepared once, by `prepare_codes`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vqkernels.kernels._plans import (
     TOGETHER,
     Plan,
     candidates_form,
+    certify_form,
     finish_form,
     halve_form,
     prepare_form,
@@ -133,6 +134,7 @@ def _launch(
     mask = -(1 << (numbers - 1).bit_length())
 
     counters = x.new_empty((1,), dtype=torch.int32)
+    merged = facts.new_empty((facts.shape[1],))
     scales = x.new_empty((row_tiles if plan.scaled else 1,), dtype=torch.float32)
     best_score = x.new_empty((shares, rows), dtype=torch.float32)
     next_score = torch.empty_like(best_score) if exact else best_score
@@ -154,6 +156,8 @@ def _launch(
         half_norms,
         centre,
         scales,
+        facts,
+        merged,
         counters,
         best_score,
         next_score,
@@ -164,15 +168,13 @@ def _launch(
         padded_features,
         num_points,
         mask,
+        len(facts),
         *source.stride(),
     )
 
-    capacity = min(rows, max(8192, rows // 4)) if exact else 1
-    open_rows = counters.new_empty((rows if exact else 1,))
-    thresholds = best_score.new_empty((capacity,))
-    hits = counters.new_empty((capacity,))
-    arrived = counters.new_empty((cdiv(rows, TOGETHER) if exact else 1,))
     weights = half_norms if dither is None else dither.contiguous()
+    measures = best_score.new_empty((6 if form.members > 1 else 4, rows) if exact else (1,))
+    exact_dist = merged.new_empty((rows if exact else 1,))
     finishing = finish_form(plan, form, exact, features)
     finishing.launch(
         (cdiv(rows, finishing.constants["BLOCK_N"]),),
@@ -182,32 +184,55 @@ def _launch(
         half_norms,
         centre,
         scales,
-        facts,
+        merged,
         best_score,
-        next_score,
         base,
         indices,
         sq_dist,
-        open_rows,
-        thresholds,
-        hits,
-        counters,
-        arrived,
+        measures,
+        exact_dist,
         rows,
         inner,
         features,
         padded_features,
         num_points,
         shares,
-        mask,
-        len(facts),
         form.block_n,
-        capacity,
         *x.stride(),
         *codebook.stride(),
     )
     if not exact:
         return
+
+    # lists for a quarter of the rows, or all of a small batch
+    capacity = min(rows, max(8192, rows // 4))
+    open_rows = counters.new_empty((rows,))
+    thresholds = best_score.new_empty((capacity,))
+    hits = counters.new_empty((capacity,))
+    arrived = counters.new_empty((cdiv(rows, TOGETHER),))
+    certifying = certify_form(plan, form.members, features)
+    certifying.launch(
+        (cdiv(rows, certifying.constants["BLOCK_N"]),),
+        centre,
+        scales,
+        merged,
+        best_score,
+        next_score,
+        measures,
+        exact_dist,
+        open_rows,
+        thresholds,
+        hits,
+        counters,
+        arrived,
+        rows,
+        features,
+        padded_features,
+        shares,
+        mask,
+        form.block_n,
+        capacity,
+    )
 
     programs = PROGRAMS * processors(x)
     lists = counters.new_empty((capacity, LENGTH))
@@ -229,10 +254,12 @@ def _launch(
         capacity,
         *x.stride(),
     )
-    part_dist = facts.new_empty((TOGETHER * programs,))
-    part_code = counters.new_empty((TOGETHER * programs,))
+    # these wait for memory and not for tensor cores: more of them fit
+    settlers = 4 * programs
+    part_dist = facts.new_empty((TOGETHER * settlers,))
+    part_code = counters.new_empty((TOGETHER * settlers,))
     settle_form(plan).launch(
-        (programs,),
+        (settlers,),
         x,
         codebook,
         weights,
