@@ -202,9 +202,9 @@ def main() -> int:
         reason = OPS["nearest_code"].explain_for(device)[backend]
         if reason is not None:
             print(f"{backend}: {reason}")
-    todo = list(cases(device, options.backends))
+    chosen = list(cases(device, options.backends))
     wrong = done = 0
-    for name, run in todo:
+    for name, run in chosen:
         if time.perf_counter() - began > options.seconds:
             break
         try:
@@ -218,7 +218,7 @@ def main() -> int:
                 # nothing can run on the device after this
                 break
         done += 1
-    print(f"{done} of {len(todo)} cases in {time.perf_counter() - began:.0f} s, {wrong} wrong")
+    print(f"{done} of {len(chosen)} cases in {time.perf_counter() - began:.0f} s, {wrong} wrong")
     return 1 if wrong or not done else 0
 
 

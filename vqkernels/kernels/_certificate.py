@@ -92,7 +92,6 @@ def certify(
         best = tl.minimum(best, score)
     step = num_rows.to(tl.int64)
     square = tl.load(measures + rows, mask=live, other=0.0)
-    half_square = tl.load(measures + rows + step, mask=live, other=0.0)
     lost = tl.load(measures + rows + 2 * step, mask=live, other=0.0)
     scale = tl.load(measures + rows + 3 * step, mask=live, other=1.0)
     if MEMBERS > 1:
@@ -110,7 +109,9 @@ def certify(
     size = tl.sqrt(square.to(tl.float64)) / own * unit.to(tl.float64)
     gone = tl.sqrt(lost.to(tl.float64))
     # where the search began, by the same formula; sums in another order differ by less than `top` allows for
-    began = (half_square if COPIED else square).to(tl.float64)
+    began = square.to(tl.float64)
+    if COPIED:
+        began = tl.load(measures + rows + step, mask=live, other=0.0).to(tl.float64)
     if SCALED:
         # beside a row of 2^75 times its size a row vanishes, and its squares with it: 2^-62 for each feature
         size += (features + 1.0) * 2.168404344971009e-19

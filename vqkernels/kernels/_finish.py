@@ -61,6 +61,7 @@ def finish(
     EXACT: tl.constexpr,
     DITHERED: tl.constexpr,
     SCALED: tl.constexpr,
+    COPIED: tl.constexpr,
     WHOLE: tl.constexpr,
     MEMBERS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -194,7 +195,8 @@ def finish(
         out = measures + rows
         step = num_rows.to(tl.int64)
         tl.store(out, square, mask=live)
-        tl.store(out + step, half_square, mask=live)
+        if COPIED:
+            tl.store(out + step, half_square, mask=live)
         # a row without an answer stays as it is
         tl.store(out + 2 * step, tl.where(answered, lost, -1.0), mask=live)
         tl.store(out + 3 * step, scale, mask=live)

@@ -184,6 +184,7 @@ def finish_form(plan: Plan, form: Form, exact: bool, features: int) -> Configura
             "EXACT": exact,
             "DITHERED": plan.dithered,
             "SCALED": plan.scaled,
+            "COPIED": plan.scaled and not chunks_of(features),
             "WHOLE": features <= block,
             "MEMBERS": form.members,
             "SPAN": form.span,
