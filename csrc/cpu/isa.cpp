@@ -12,13 +12,22 @@ struct Isa {
   bool supported;
 };
 
+#ifdef VQK_HAS_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+#endif
+
 // best first
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
+#ifdef VQK_HAS_AVX512_VNNI
+      {&avx512_vnni::kernels, has_avx512() && __builtin_cpu_supports("avx512vnni")},
+#endif
 #ifdef VQK_HAS_AVX512
-      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("fma")},
+      {&avx512::kernels, has_avx512()},
 #endif
 #ifdef VQK_HAS_AVX2
       {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},

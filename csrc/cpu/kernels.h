@@ -13,27 +13,30 @@ struct Codes {
   int64_t count, features;  // K and D
   const void* rows;         // (K, D) contiguous, the codes themselves
   bool wide;                // rows are float64, else float32
+  bool centred;             // the centre is not 0
   const double* centre;     // (D padded to 8), taken from codes and rows alike
-  double scale;             // power of two, brings centred codes near 1
-  int exponent;             // log2 of scale
   uint8_t* finite;          // (K)
   int64_t first_finite;     // -1: no code is finite
-  float* packed;            // (panels, D, panel)
-  float* bias;              // (panels, panel), -|c|^2 / 2, -inf where no code can win
+  double reach;             // longest |c - centre|
+  double scale, row_scale;  // of codes and of rows; see isa/bounds.h
+  double packed_norm;       // longest packed code
+  double residual;          // largest distance of a scaled code from its packed one
+  int32_t* packed;          // (tiles, pairs of features, codes of a tile), int16 each
+  int32_t* half_norms;      // (tiles, codes of a tile), negative
+  uint16_t* absent;         // (tiles): a bit for each place without a code that can win
 };
 
-// maxima over codes that bound the error of a score, in scaled units; a chunk of codes fills one
+// maxima over codes; a chunk of codes fills one
 struct Spread {
-  double largest;   // of |c_d - centre_d|, unscaled
-  double norm;      // of |c|
-  double residual;  // of |c - float32(c)|
+  double largest, reach;  // of |c_d - centre_d| and of |c - centre|
+  double packed_norm, residual;
 };
 
 struct Search {
   Rows x;
   Codes codes;
-  Spread spread;
   bool exact;
+  int64_t chunk;     // tiles of codes that stay in the second cache
   int64_t* indices;  // (N); -1 marks a row that the search leaves open
   void* sq_dist;     // (N)
   bool wide;         // sq_dist is float64, else float32
@@ -67,14 +70,15 @@ struct Sums {
 };
 
 struct NearestCodeKernels {
-  int panel;  // codes side by side
-  int tile;   // rows side by side
+  int codes;  // in a tile
+  int rows;   // in a tile
   // exact codes begin..end of `codebook`, or points of the dithered curve, to `out` (float32, or float64 if
   // wide)
   void (*points)(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end, bool wide, void* out);
   void (*survey)(const Codes& codes, int64_t begin, int64_t end, Spread* spread);
-  void (*pack)(const Codes& codes, int64_t panel_begin, int64_t panel_end, Spread* spread);
-  size_t (*search_scratch)(int64_t features, int64_t rows);
+  void (*scale)(Codes* codes, double largest);
+  void (*pack)(const Codes& codes, int64_t tile_begin, int64_t tile_end, Spread* spread);
+  size_t (*search_scratch)(const Search& search, int64_t rows);
   void (*search)(const Search& search, int64_t begin, int64_t end, void* scratch);
   size_t (*rescore_scratch)(int64_t features, int64_t rows);
   void (*rescore)(const Search& search, const int64_t* rows, int64_t count, void* scratch);
@@ -113,6 +117,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_vnni {
 extern const Kernels kernels;
 }
 

@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -12,14 +14,27 @@ namespace {
 // codes at a time in the passes over the codebook
 constexpr int64_t kCodes = 512;
 
+// bytes of packed codes, and of a block of rows, that the second cache holds side by side
+int64_t cache_share() {
+  static const int64_t share = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    const int64_t bytes = 0;
+#endif
+    return std::clamp<int64_t>(bytes > 0 ? bytes : 1 << 19, 1 << 18, 1 << 22) / 3;
+  }();
+  return share;
+}
+
 // the codebook as the search wants it, and the memory it lives in
 struct Prepared {
   Codes codes{};
-  Spread spread{};
   Memory<char> rows;
   Memory<double> centre;
   Memory<uint8_t> finite;
-  Memory<float> packed, bias;
+  Memory<int32_t> packed, half_norms;
+  Memory<uint16_t> absent;
 
   Prepared(const NearestCodeKernels& body, const Rows& codebook, const Rows& dither) {
     const int64_t d = codebook.features, k = dither.data ? codebook.inner - 1 : codebook.inner;
@@ -35,26 +50,32 @@ struct Prepared {
     each_task(chunks, 0, [&](int64_t task, void*) {
       body.survey(codes, task * kCodes, std::min(k, (task + 1) * kCodes), &parts[static_cast<size_t>(task)]);
     });
-    for (const Spread& part : parts) spread.largest = std::max(spread.largest, part.largest);
+    double largest = 0;
+    for (const Spread& part : parts) {
+      largest = std::max(largest, part.largest);
+      codes.reach = std::max(codes.reach, part.reach);
+    }
     codes.first_finite = std::find(finite.get(), finite.get() + k, 1) - finite.get();
     if (codes.first_finite == k) codes.first_finite = -1;
-    // beyond these powers float64 itself leaves its normal range
-    if (spread.largest > 0) codes.exponent = std::clamp(-std::ilogb(spread.largest), -1000, 1000);
-    codes.scale = std::ldexp(1.0, codes.exponent);
+    body.scale(&codes, largest);
 
-    const int64_t panels = (k + body.panel - 1) / body.panel, at_once = kCodes / body.panel;
-    packed = memory<float>(panels * body.panel * d);
-    bias = memory<float>(panels * body.panel);
+    const int64_t tiles = (k + body.codes - 1) / body.codes, at_once = kCodes / body.codes;
+    // scores of one row read a vector where a tile has fewer codes
+    packed = memory<int32_t>(tiles * body.codes * ((d + 1) / 2) + 16);
+    half_norms = memory<int32_t>(tiles * body.codes + 16);
+    absent = memory<uint16_t>(tiles);
     codes.packed = packed.get();
-    codes.bias = bias.get();
-    each_task((panels + at_once - 1) / at_once, 0, [&](int64_t task, void*) {
-      body.pack(codes, task * at_once, std::min(panels, (task + 1) * at_once),
+    codes.half_norms = half_norms.get();
+    codes.absent = absent.get();
+    parts.assign(static_cast<size_t>((tiles + at_once - 1) / at_once), Spread{});
+    each_task(static_cast<int64_t>(parts.size()), 0, [&](int64_t task, void*) {
+      body.pack(codes, task * at_once, std::min(tiles, (task + 1) * at_once),
                 &parts[static_cast<size_t>(task)]);
     });
     for (const Spread& part : parts) {
       // written so that a NaN stays
-      spread.norm = part.norm <= spread.norm ? spread.norm : part.norm;
-      spread.residual = part.residual <= spread.residual ? spread.residual : part.residual;
+      codes.packed_norm = part.packed_norm <= codes.packed_norm ? codes.packed_norm : part.packed_norm;
+      codes.residual = part.residual <= codes.residual ? codes.residual : part.residual;
     }
   }
 
@@ -100,7 +121,8 @@ struct Prepared {
     }
     double square = 0;
     for (double& v : sum) v /= count, square += v * v;
-    if (count > 0 && square > 0.5 * squares / count) std::copy(sum.begin(), sum.end(), centre.get());
+    codes.centred = count > 0 && square > 0.75 * squares / count;
+    if (codes.centred) std::copy(sum.begin(), sum.end(), centre.get());
   }
 };
 
@@ -131,10 +153,12 @@ std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor d
   if (count == 0) return {indices, sq_dist};
 
   const Prepared prepared(body, codes, weights);
+  const int64_t threads = torch::stable::get_num_threads(), d = rows.features;
+  const int64_t tile_bytes = (d + 1) / 2 * 4 * body.codes;
   Search search{rows,
                 prepared.codes,
-                prepared.spread,
                 exact,
+                std::max<int64_t>(1, cache_share() / tile_bytes),
                 indices.mutable_data_ptr<int64_t>(),
                 sq_dist.mutable_data_ptr(),
                 type == ScalarType::Double};
@@ -142,14 +166,14 @@ std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor d
     fill(search, count);
     return {indices, sq_dist};
   }
-  const int64_t threads = torch::stable::get_num_threads(), d = rows.features;
-  // rows that stay in the second cache beside a panel, and enough blocks for every thread
-  const int64_t fitting = std::clamp<int64_t>((1 << 18) / (12 * d + 256), 1, 240);
+  // rows that stay in the second cache beside a chunk of codes, and enough blocks for every thread
+  const int64_t fitting = std::clamp<int64_t>(cache_share() / (6 * d + 256), 1, 512);
   const int64_t fair = (count + 4 * threads - 1) / (4 * threads);
-  const int64_t block = (std::min(fitting, fair) + body.tile - 1) / body.tile * body.tile;
-  each_task((count + block - 1) / block, body.search_scratch(d, block), [&](int64_t task, void* scratch) {
-    body.search(search, task * block, std::min(count, (task + 1) * block), scratch);
-  });
+  const int64_t block = (std::min(fitting, fair) + body.rows - 1) / body.rows * body.rows;
+  each_task((count + block - 1) / block, body.search_scratch(search, block),
+            [&](int64_t task, void* scratch) {
+              body.search(search, task * block, std::min(count, (task + 1) * block), scratch);
+            });
 
   std::vector<int64_t> open;
   for (int64_t n = 0; n < count; ++n)

@@ -9,17 +9,17 @@ namespace {
 constexpr int kPairs = 8;
 
 // of several pairs at once: squares in vectors, each pair's sum in order, eight sums interleaved
-template <class C>
-void literal(const double* const* x, const C* const* c, int64_t d, double* out) {
+template <class X, class C>
+void literal(const X* const* x, const C* const* c, int64_t d, double* out) {
   double acc[kPairs] = {};
   double t[kPairs][64];
   for (int64_t k0 = 0; k0 < d; k0 += 64) {
     const int64_t n = smaller(64, d - k0);
     for (int p = 0; p < kPairs; ++p) {
-      const double* const xs = x[p] + k0;
+      const X* const xs = x[p] + k0;
       const C* const cs = c[p] + k0;
       for (int64_t k = 0; k < n; ++k) {
-        const double e = xs[k] - (double)cs[k];
+        const double e = (double)xs[k] - (double)cs[k];
         t[p][k] = e * e;
       }
     }
@@ -40,15 +40,15 @@ VQK_INLINE void improve(Best& best, double sq_dist, int64_t index) {
 }
 
 // pairs of a row and a code that wait for their distance
-template <class C>
+template <class X, class C>
 struct Pairs {
-  const double* x[kPairs];
+  const X* x[kPairs];
   const C* c[kPairs];
   Best* best[kPairs];
   int64_t index[kPairs];
   int count = 0;
 
-  void add(const double* row, const C* code, Best* into, int64_t j, int64_t d) {
+  void add(const X* row, const C* code, Best* into, int64_t j, int64_t d) {
     x[count] = row, c[count] = code, best[count] = into, index[count] = j;
     if (++count == kPairs) flush(d);
   }
