@@ -15,7 +15,7 @@ struct Codes {
   bool wide;                // rows are float64, else float32
   bool centred;             // the centre is not 0
   const double* centre;     // (D padded to 8), taken from codes and rows alike
-  uint8_t* finite;          // (K)
+  uint8_t* finite;          // (K), and not equal to an earlier code
   int64_t first_finite;     // -1: no code is finite
   double reach;             // longest |c - centre|
   double scale, row_scale;  // of codes and of rows; see isa/bounds.h
@@ -75,7 +75,8 @@ struct NearestCodeKernels {
   // exact codes begin..end of `codebook`, or points of the dithered curve, to `out` (float32, or float64 if
   // wide)
   void (*points)(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end, bool wide, void* out);
-  void (*survey)(const Codes& codes, int64_t begin, int64_t end, Spread* spread);
+  // hashes: equal codes have equal ones
+  void (*survey)(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, Spread* spread);
   void (*scale)(Codes* codes, double largest);
   void (*pack)(const Codes& codes, int64_t tile_begin, int64_t tile_end, Spread* spread);
   size_t (*search_scratch)(const Search& search, int64_t rows);

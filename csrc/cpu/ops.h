@@ -10,7 +10,7 @@ namespace vqk::cpu {
 
 std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor dither, bool exact,
                                         std::vector<Tensor> parts);
-// the CPU search packs its codes within every call so far: nothing to hand over
+// what nearest_code takes as `parts`
 std::vector<Tensor> prepare_codes(Tensor codebook, ScalarType x_dtype);
 Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed,
                    int64_t direction, double noise_std, int64_t row_offset);

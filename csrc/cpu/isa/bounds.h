@@ -69,7 +69,7 @@ struct Bounds {
 
 VQK_INLINE float up(double v) { return (float)(v * (1 + 0x1p-20)); }
 
-Bounds bounds_of(const Codes& codes, bool wide, bool exact) {
+Bounds bounds_of(const Codes& codes, bool wide) {
   const double d = (double)codes.features, p = codes.row_scale, s = codes.scale, space = room(codes);
   const int64_t tiles = (codes.count + kCodes - 1) / kCodes, names = ((tiles - 1) / kSlots + 1) * kGroups;
   Bounds b;
@@ -88,8 +88,8 @@ Bounds bounds_of(const Codes& codes, bool wide, bool exact) {
   int32_t step = 1;
   while (step < names) step *= 2;
   b.keep = -step;
-  if (!(space > 0x1p30)) b.longest = -1;
-  (void)exact;
+  // beyond these sizes every row goes to float64
+  if (!(space > 0x1p30) || step > 1 << 22) b.longest = -1;
   return b;
 }
 

@@ -94,7 +94,7 @@ void search(const Search& s, int64_t begin, int64_t end, void* scratch) {
   const int64_t rows = end - begin;
   Block b;
   divide(s, rows, scratch, &b);
-  const Bounds bounds = bounds_of(s.codes, arithmetic_wide(s), s.exact);
+  const Bounds bounds = bounds_of(s.codes, arithmetic_wide(s));
   if (raw_wide(s))
     pack_block<double, vdouble>(s, bounds, b, begin, rows);
   else if (arithmetic_wide(s))

@@ -33,8 +33,11 @@ void points(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end
   }
 }
 
+typedef uint64_t u8 __attribute__((vector_size(64), may_alias));
+constexpr uint64_t kHash = 0x27bb2ee687b0b0fd;
+
 template <class C>
-void survey_rows(const Codes& codes, int64_t begin, int64_t end, Spread* spread) {
+void survey_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, Spread* spread) {
   const int64_t d = codes.features;
   double largest = 0, norm = 0;
   for (int64_t j = begin; j < end; ++j) {
@@ -42,17 +45,24 @@ void survey_rows(const Codes& codes, int64_t begin, int64_t end, Spread* spread)
     codes.finite[j] = finite(c, d);
     if (!codes.finite[j]) continue;
     d8 squares = {}, high = {};
+    u8 hash = {};
     for (int64_t k = 0; k < d; k += 8) {
       d8 v = {};
       if (k + 8 <= d)
         v = load8(c + k);
       else
         for (int64_t q = 0; q < d - k; ++q) v[q] = (double)c[k + q];
+      // 0 added makes one of 0 and -0
+      hash = (hash ^ (u8)(v + 0.0)) * kHash;
+      hash ^= hash >> 29;
       v -= load8(codes.centre + k);
       squares += v * v;
       v = v < 0 ? -v : v;
       high = v > high ? v : high;
     }
+    uint64_t mixed = 0;
+    for (int q = 0; q < 8; ++q) mixed = (mixed ^ hash[q]) * kHash;
+    hashes[j] = (int64_t)(mixed >> 17);
     const double square = sum(squares);
     norm = square > norm ? square : norm;
     for (int q = 0; q < 8; ++q) largest = high[q] > largest ? high[q] : largest;
@@ -63,9 +73,9 @@ void survey_rows(const Codes& codes, int64_t begin, int64_t end, Spread* spread)
                                                      : largest * __builtin_sqrt((double)d) * kSlack;
 }
 
-void survey(const Codes& codes, int64_t begin, int64_t end, Spread* spread) {
-  return codes.wide ? survey_rows<double>(codes, begin, end, spread)
-                    : survey_rows<float>(codes, begin, end, spread);
+void survey(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, Spread* spread) {
+  return codes.wide ? survey_rows<double>(codes, begin, end, hashes, spread)
+                    : survey_rows<float>(codes, begin, end, hashes, spread);
 }
 
 // v rounded to an integer, ties to even, for |v| < 2^51

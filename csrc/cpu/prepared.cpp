@@ -1,0 +1,210 @@
+#include "prepared.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace vqk::cpu {
+namespace {
+
+// codes at a time in the passes over the codebook
+constexpr int64_t kCodes = 512;
+// codes that the centre is taken from
+constexpr int64_t kSample = 128;
+
+enum Part { kRows, kFinite, kCentre, kPacked, kHalfNorms, kAbsent, kNumbers, kParts };
+enum Number { kTile, kCentred, kFirst, kReach, kScale, kRowScale, kPackedNorm, kResidual, kNumberCount };
+
+int64_t tiles_of(const NearestCodeKernels& body, int64_t codes) {
+  return (codes + body.codes - 1) / body.codes;
+}
+
+bool usable_in_place(const Rows& codebook) {
+  const bool contiguous =
+      codebook.stride_inner == codebook.features && (codebook.stride_feature == 1 || codebook.features == 1);
+  return contiguous && (codebook.type == Type::f32 || codebook.type == Type::f64);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace
+
+Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither) {
+  make(body, codebook, dither);
+}
+
+Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::vector<Tensor> kept) {
+  const Rows rows = rows_of(codebook);
+  const int64_t d = rows.features, k = rows.inner, lanes = tiles_of(body, k) * body.codes;
+  const int64_t sizes[kParts] = {usable_in_place(rows) ? 0 : k * d,
+                                 k,
+                                 (d + 15) / 16 * 16,
+                                 lanes * ((d + 1) / 2) + 16,
+                                 lanes + 16,
+                                 tiles_of(body, k),
+                                 kNumberCount};
+  const bool whole = kept.size() == kParts && kept[kNumbers].scalar_type() == ScalarType::Double &&
+                     kept[kNumbers].numel() == kNumberCount;
+  const bool ours = whole && data<double>(kept[kNumbers])[kTile] == body.codes;
+  if (whole && !ours) {
+    make(body, codebook, no_rows());
+    return;
+  }
+  bool fits = whole;
+  for (int part = 0; fits && part < kParts; ++part) fits = kept[part].numel() == sizes[part];
+  STD_TORCH_CHECK(fits,
+                  "nearest_code: parts must be what prepare made of this codebook; got others. Call "
+                  "prepare(codebook) again.");
+  parts = std::move(kept);
+  codes.count = k;
+  codes.features = d;
+  codes.wide = rows.type == Type::f64;
+  codes.rows = usable_in_place(rows) ? rows.data : parts[kRows].mutable_data_ptr();
+  point();
+  const double* const n = data<double>(parts[kNumbers]);
+  codes.centred = n[kCentred] != 0;
+  codes.first_finite = static_cast<int64_t>(n[kFirst]);
+  codes.reach = n[kReach];
+  codes.scale = n[kScale];
+  codes.row_scale = n[kRowScale];
+  codes.packed_norm = n[kPackedNorm];
+  codes.residual = n[kResidual];
+}
+
+void Prepared::point() {
+  codes.finite = data<uint8_t>(parts[kFinite]);
+  codes.centre = data<double>(parts[kCentre]);
+  codes.packed = data<int32_t>(parts[kPacked]);
+  codes.half_norms = data<int32_t>(parts[kHalfNorms]);
+  codes.absent = data<uint16_t>(parts[kAbsent]);
+}
+
+void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither) {
+  const Rows rows = rows_of(codebook);
+  const int64_t d = rows.features, k = dither.data ? rows.inner - 1 : rows.inner, tiles = tiles_of(body, k),
+                chunks = (k + kCodes - 1) / kCodes;
+  const auto empty = [&](int64_t count, ScalarType type) {
+    return torch::stable::new_empty(codebook, {count}, type);
+  };
+  codes.count = k;
+  codes.features = d;
+  codes.wide = dither.data || rows.type == Type::f64;
+  const bool in_place = !dither.data && usable_in_place(rows);
+  parts = {empty(in_place ? 0 : k * d, codes.wide ? ScalarType::Double : ScalarType::Float),
+           empty(k, ScalarType::Byte), empty((d + 15) / 16 * 16, ScalarType::Double),
+           // scores of one row read a vector where a tile has fewer codes
+           empty(tiles * body.codes * ((d + 1) / 2) + 16, ScalarType::Int),
+           empty(tiles * body.codes + 16, ScalarType::Int), empty(tiles, ScalarType::Short),
+           empty(kNumberCount, ScalarType::Double)};
+  point();
+  codes.rows = in_place ? rows.data : parts[kRows].mutable_data_ptr();
+  if (!in_place)
+    each_task(chunks, 0, [&](int64_t task, void*) {
+      body.points(rows, dither, task * kCodes, std::min(k, (task + 1) * kCodes), codes.wide,
+                  parts[kRows].mutable_data_ptr());
+    });
+  find_centre();
+
+  const auto hashes = memory<int64_t>(k);
+  std::vector<Spread> spreads(static_cast<size_t>(chunks));
+  each_task(chunks, 0, [&](int64_t task, void*) {
+    body.survey(codes, task * kCodes, std::min(k, (task + 1) * kCodes), hashes.get(),
+                &spreads[static_cast<size_t>(task)]);
+  });
+  double largest = 0;
+  for (const Spread& spread : spreads) {
+    largest = std::max(largest, spread.largest);
+    codes.reach = std::max(codes.reach, spread.reach);
+  }
+  codes.first_finite = std::find(codes.finite, codes.finite + k, 1) - codes.finite;
+  if (codes.first_finite == k) codes.first_finite = -1;
+  drop_repeated(hashes.get());
+  body.scale(&codes, largest);
+
+  const int64_t at_once = kCodes / body.codes, packs = (tiles + at_once - 1) / at_once;
+  spreads.assign(static_cast<size_t>(packs), Spread{});
+  std::fill_n(codes.packed + tiles * body.codes * ((d + 1) / 2), 16, 0);
+  std::fill_n(codes.half_norms + tiles * body.codes, 16, 0);
+  each_task(packs, 0, [&](int64_t task, void*) {
+    body.pack(codes, task * at_once, std::min(tiles, (task + 1) * at_once),
+              &spreads[static_cast<size_t>(task)]);
+  });
+  for (const Spread& spread : spreads) {
+    // written so that a NaN stays
+    codes.packed_norm = spread.packed_norm <= codes.packed_norm ? codes.packed_norm : spread.packed_norm;
+    codes.residual = spread.residual <= codes.residual ? codes.residual : spread.residual;
+  }
+  double* const n = data<double>(parts[kNumbers]);
+  n[kTile] = body.codes;
+  n[kCentred] = codes.centred;
+  n[kFirst] = static_cast<double>(codes.first_finite);
+  n[kReach] = codes.reach;
+  n[kScale] = codes.scale;
+  n[kRowScale] = codes.row_scale;
+  n[kPackedNorm] = codes.packed_norm;
+  n[kResidual] = codes.residual;
+}
+
+// the mean of some codes where it outweighs their spread, else 0: any centre is right, a good one makes
+// scores small beside their differences
+void Prepared::find_centre() {
+  const int64_t d = codes.features, step = std::max<int64_t>(1, codes.count / kSample);
+  double* const centre = data<double>(parts[kCentre]);
+  std::fill_n(centre, parts[kCentre].numel(), 0.0);
+  const auto at = [&](int64_t j, int64_t f) {
+    const int64_t n = j * d + f;
+    return codes.wide ? static_cast<const double*>(codes.rows)[n]
+                      : static_cast<double>(static_cast<const float*>(codes.rows)[n]);
+  };
+  std::vector<double> sum(static_cast<size_t>(d), 0.0);
+  double squares = 0, count = 0;
+  for (int64_t j = 0; j < codes.count; j += step) {
+    double square = 0;
+    for (int64_t f = 0; f < d; ++f) square += at(j, f) * at(j, f);
+    if (!std::isfinite(square)) continue;
+    for (int64_t f = 0; f < d; ++f) sum[static_cast<size_t>(f)] += at(j, f);
+    squares += square;
+    count += 1;
+  }
+  double square = 0;
+  for (double& v : sum) v /= count, square += v * v;
+  codes.centred = count > 0 && square > 0.75 * squares / count;
+  if (codes.centred) std::copy(sum.begin(), sum.end(), centre);
+}
+
+// of equal codes only the first can win; the others would hide each other from the certificate
+void Prepared::drop_repeated(const int64_t* hashes) {
+  const int64_t k = codes.count, d = codes.features;
+  // a matter of speed alone
+  if (k > INT32_MAX / 2) return;
+  int64_t places = 64;
+  while (places < 2 * k) places *= 2;
+  const auto table = memory<int32_t>(places);
+  std::fill_n(table.get(), places, -1);
+  const auto equal = [&](int64_t a, int64_t b) {
+    // by value: 0 and -0 are one
+    if (codes.wide) {
+      const double* const c = static_cast<const double*>(codes.rows);
+      return std::equal(c + a * d, c + (a + 1) * d, c + b * d);
+    }
+    const float* const c = static_cast<const float*>(codes.rows);
+    return std::equal(c + a * d, c + (a + 1) * d, c + b * d);
+  };
+  for (int64_t j = 0; j < k; ++j) {
+    if (!codes.finite[j]) continue;
+    int64_t at = hashes[j] & (places - 1);
+    while (table[at] >= 0 && !(hashes[table[at]] == hashes[j] && equal(table[at], j)))
+      at = (at + 1) & (places - 1);
+    if (table[at] >= 0)
+      codes.finite[j] = 0;
+    else
+      table[at] = static_cast<int32_t>(j);
+  }
+}
+
+}  // namespace vqk::cpu

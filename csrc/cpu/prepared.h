@@ -1,0 +1,28 @@
+// A codebook as the search wants it, made for one call or kept by `prepare`.
+#pragma once
+
+#include <vector>
+
+#include "../tensors.h"
+#include "kernels.h"
+
+namespace vqk::cpu {
+
+struct Prepared {
+  Codes codes{};
+  // what `codes` points to; the codebook itself stays with the caller where it needs no conversion
+  std::vector<Tensor> parts;
+
+  // from a codebook, or from the points of its dithered curve where dither has data
+  Prepared(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither);
+  // from what another one kept; prepared anew where that was for another instruction set
+  Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::vector<Tensor> kept);
+
+ private:
+  void make(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither);
+  void point();
+  void find_centre();
+  void drop_repeated(const int64_t* hashes);
+};
+
+}  // namespace vqk::cpu
