@@ -79,8 +79,16 @@ struct NearestCodeKernels {
   void (*survey)(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, Spread* spread);
   void (*scale)(Codes* codes, double largest);
   void (*pack)(const Codes& codes, int64_t tile_begin, int64_t tile_end, Spread* spread);
+  // a block of rows: its memory, then three steps in it
   size_t (*search_scratch)(const Search& search, int64_t rows);
-  void (*search)(const Search& search, int64_t begin, int64_t end, void* scratch);
+  size_t (*slots_size)(int64_t rows);
+  void (*pack_rows)(const Search& search, int64_t begin, int64_t end, void* scratch);
+  // against some tiles of codes, to the block's own slots or to others
+  void (*scores)(const Search& search, int64_t rows, void* scratch, int64_t tile_begin, int64_t tile_end,
+                 void* slots);
+  // from the block's own slots, or from those of several parts of the codes side by side
+  void (*settle)(const Search& search, int64_t begin, int64_t end, void* scratch, const void* slots,
+                 int64_t parts);
   size_t (*rescore_scratch)(int64_t features, int64_t rows);
   void (*rescore)(const Search& search, const int64_t* rows, int64_t count, void* scratch);
 };

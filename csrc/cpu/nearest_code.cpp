@@ -33,6 +33,46 @@ void fill(const Search& search, int64_t count) {
     std::fill_n(static_cast<float*>(search.sq_dist), count, std::nanf(""));
 }
 
+// rows are shared out over the threads, and where they are few the codes as well; neither changes a result
+void search_all(const NearestCodeKernels& body, const Search& search, int64_t count, int64_t threads) {
+  const int64_t d = search.x.features, tiles = (search.codes.count + body.codes - 1) / body.codes;
+  // rows that stay in the second cache beside a chunk of codes, and enough blocks for every thread
+  const int64_t fitting = std::clamp<int64_t>(cache_share() / (6 * d + 256), 1, 512);
+  const int64_t fair = (count + 4 * threads - 1) / (4 * threads);
+  const int64_t block = (std::min(fitting, fair) + body.rows - 1) / body.rows * body.rows;
+  const int64_t blocks = (count + block - 1) / block;
+  const auto end_of = [&](int64_t at) { return std::min(count, (at + 1) * block); };
+  // tiles that are worth a task
+  constexpr int64_t kTiles = 64;
+  const int64_t parts = std::min(2 * threads / blocks, tiles / kTiles);
+  const size_t size = body.search_scratch(search, block);
+  if (parts < 2 || threads == 1) {
+    each_task(blocks, size, [&](int64_t at, void* scratch) {
+      body.pack_rows(search, at * block, end_of(at), scratch);
+      body.scores(search, end_of(at) - at * block, scratch, 0, tiles, nullptr);
+      body.settle(search, at * block, end_of(at), scratch, nullptr, 0);
+    });
+    return;
+  }
+  const int64_t padded = static_cast<int64_t>(size + 63) / 64 * 64,
+                slots = static_cast<int64_t>(body.slots_size(block));
+  const auto scratches = memory<char>(blocks * padded), found = memory<char>(blocks * parts * slots);
+  each_task(blocks, 0, [&](int64_t at, void*) {
+    body.pack_rows(search, at * block, end_of(at), scratches.get() + at * padded);
+  });
+  each_task(blocks * parts, 0, [&](int64_t task, void*) {
+    const int64_t at = task / parts, part = task % parts;
+    body.scores(search, end_of(at) - at * block, scratches.get() + at * padded, tiles * part / parts,
+                tiles * (part + 1) / parts,
+                found.get() + at * parts * slots +
+                    part * static_cast<int64_t>(body.slots_size(end_of(at) - at * block)));
+  });
+  each_task(blocks, 0, [&](int64_t at, void*) {
+    body.settle(search, at * block, end_of(at), scratches.get() + at * padded,
+                found.get() + at * parts * slots, parts);
+  });
+}
+
 }  // namespace
 
 std::vector<Tensor> prepare_codes(Tensor codebook, ScalarType) {
@@ -72,14 +112,7 @@ std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor d
     fill(search, count);
     return {indices, sq_dist};
   }
-  // rows that stay in the second cache beside a chunk of codes, and enough blocks for every thread
-  const int64_t fitting = std::clamp<int64_t>(cache_share() / (6 * d + 256), 1, 512);
-  const int64_t fair = (count + 4 * threads - 1) / (4 * threads);
-  const int64_t block = (std::min(fitting, fair) + body.rows - 1) / body.rows * body.rows;
-  each_task((count + block - 1) / block, body.search_scratch(search, block),
-            [&](int64_t task, void* scratch) {
-              body.search(search, task * block, std::min(count, (task + 1) * block), scratch);
-            });
+  search_all(body, search, count, threads);
 
   std::vector<int64_t> open;
   for (int64_t n = 0; n < count; ++n)

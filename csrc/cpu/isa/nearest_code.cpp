@@ -74,39 +74,54 @@ void settle_block(const Search& s, const Bounds& bounds, const Block& b, int64_t
   }
 }
 
-// all codes against the block, a chunk of codes at a time
-void score_block(const Search& s, const Bounds& bounds, const Block& b, int64_t rows) {
-  const int64_t pairs = (s.x.features + 1) / 2, tiles = (s.codes.count + kCodes - 1) / kCodes;
+// codes of some tiles against the block, a chunk of them at a time, into slots of their own
+void scores(const Search& s, int64_t rows, void* scratch, int64_t tile_begin, int64_t tile_end, void* into) {
+  Block b;
+  divide(s, rows, scratch, &b);
+  Slot* const slots = into ? (Slot*)into : b.slots;
+  const Bounds bounds = bounds_of(s.codes, arithmetic_wide(s));
+  const int64_t pairs = (s.x.features + 1) / 2, row_tiles = (rows + kRows - 1) / kRows;
   const vint least = all(INT32_MIN);
-  const int64_t row_tiles = (rows + kRows - 1) / kRows;
-  for (int64_t q = 0; q < row_tiles * kSlots; ++q) b.slots[q] = {{least, least}, {least, least}};
-  for (int64_t first = 0; first < tiles; first += s.chunk) {
-    const int64_t last = smaller(tiles, first + s.chunk);
+  for (int64_t q = 0; q < row_tiles * kSlots; ++q) slots[q] = {{least, least}, {least, least}};
+  for (int64_t first = tile_begin; first < tile_end; first += s.chunk) {
+    const int64_t last = smaller(tile_end, first + s.chunk);
     for (int64_t t = 0; t < row_tiles; ++t)
       for (int64_t c = first; c < last; ++c)
         fold(b.x + t * pairs * 2, b.shifts + 2 * t, s.codes.packed + c * pairs * kCodes,
              s.codes.half_norms + c * kCodes, pairs, s.codes.absent[c], (int32_t)(c / kSlots * kGroups),
-             bounds.keep, b.slots + t * kSlots + c % kSlots);
+             bounds.keep, slots + t * kSlots + c % kSlots);
   }
 }
 
-void search(const Search& s, int64_t begin, int64_t end, void* scratch) {
-  const int64_t rows = end - begin;
+void pack_block(const Search& s, int64_t begin, int64_t end, void* scratch) {
   Block b;
-  divide(s, rows, scratch, &b);
+  divide(s, end - begin, scratch, &b);
   const Bounds bounds = bounds_of(s.codes, arithmetic_wide(s));
   if (raw_wide(s))
-    pack_block<double, vdouble>(s, bounds, b, begin, rows);
+    pack_block<double, vdouble>(s, bounds, b, begin, end - begin);
   else if (arithmetic_wide(s))
-    pack_block<float, vdouble>(s, bounds, b, begin, rows);
+    pack_block<float, vdouble>(s, bounds, b, begin, end - begin);
   else
-    pack_block<float, vfloat>(s, bounds, b, begin, rows);
-  score_block(s, bounds, b, rows);
-  if (raw_wide(s))
-    settle_block<double>(s, bounds, b, begin, rows);
-  else
-    settle_block<float>(s, bounds, b, begin, rows);
+    pack_block<float, vfloat>(s, bounds, b, begin, end - begin);
 }
+
+void settle_block(const Search& s, int64_t begin, int64_t end, void* scratch, const void* slots,
+                  int64_t parts) {
+  Block b;
+  divide(s, end - begin, scratch, &b);
+  const int64_t count = (end - begin + kRows - 1) / kRows * kSlots;
+  for (int64_t part = 0; part < parts; ++part) {
+    const Slot* const from = (const Slot*)slots + part * count;
+    for (int64_t q = 0; q < count; ++q) b.slots[q] = part == 0 ? from[q] : joined(b.slots[q], from[q]);
+  }
+  const Bounds bounds = bounds_of(s.codes, arithmetic_wide(s));
+  if (raw_wide(s))
+    settle_block<double>(s, bounds, b, begin, end - begin);
+  else
+    settle_block<float>(s, bounds, b, begin, end - begin);
+}
+
+size_t slots_size(int64_t rows) { return (size_t)((rows + kRows - 1) / kRows * kSlots) * sizeof(Slot); }
 
 // ---- rows that stay open: every code, sixteen at a time, each lane in the contract's order ----
 
@@ -185,8 +200,9 @@ void rescore(const Search& s, const int64_t* rows, int64_t count, void* scratch)
 
 namespace VQK_ISA {
 extern const NearestCodeKernels nearest_code;
-const NearestCodeKernels nearest_code = {kCodes, kRows,          points, survey,          scale,
-                                         pack,   search_scratch, search, rescore_scratch, rescore};
+const NearestCodeKernels nearest_code = {kCodes,       kRows,           points,     survey,     scale,
+                                         pack,         search_scratch,  slots_size, pack_block, scores,
+                                         settle_block, rescore_scratch, rescore};
 }  // namespace VQK_ISA
 
 }  // namespace vqk

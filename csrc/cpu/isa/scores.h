@@ -11,6 +11,16 @@ struct Slot {
   vint best[2], second[2];
 };
 
+// what one slot would hold had it seen what both saw
+VQK_INLINE Slot joined(const Slot& a, const Slot& b) {
+  Slot both;
+  for (int v = 0; v < 2; ++v) {
+    both.best[v] = larger(a.best[v], b.best[v]);
+    both.second[v] = larger(smaller_of(a.best[v], b.best[v]), larger(a.second[v], b.second[v]));
+  }
+  return both;
+}
+
 // scores of kRows rows against kCodes codes, folded into the rows' slot; a function of its own, since the
 // sums leave no register for what a caller keeps
 __attribute__((noinline)) void fold(const vint* x, const vint* shifts, const int32_t* c,
