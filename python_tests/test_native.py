@@ -116,6 +116,13 @@ def hard_cases():
     yield "permuted sums", torch.full((3, 17), 0.37), permuted
     yield "offset", 1e3 + 1e-2 * randn(127, 17), 1e3 + 1e-2 * randn(129, 17)
     yield "offset of x alone", 1e3 + 1e-2 * randn(127, 17), codes
+    far = codes.clone()
+    far[7], far[8] = 1e4 * codes[7], -1e3 * codes[8]
+    yield (
+        "codes far from the others",
+        torch.cat([randn(60, 17), 0.999 * far[[7, 8]], 5e3 * randn(60, 17)]),
+        far,
+    )
     for scale in (1e-30, 6e4):
         yield f"{scale:g}", scale * randn(127, 17).clamp(-1, 1), scale * codes.clamp(-1, 1)
     for scale in (1e-310, 1e-200, 1e-162, 1e154, 1e200):

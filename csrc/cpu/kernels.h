@@ -8,6 +8,10 @@
 
 namespace vqk {
 
+// a code that can never win: not finite, or equal to an earlier one; one that is searched; one that is only
+// tried where a row is long enough
+enum Kind : uint8_t { kNever, kUsual, kFar };
+
 // codes as the search wants them; every array is owned by the caller
 struct Codes {
   int64_t count, features;  // K and D
@@ -15,15 +19,18 @@ struct Codes {
   bool wide;                // rows are float64, else float32
   bool centred;             // the centre is not 0
   const double* centre;     // (D padded to 8), taken from codes and rows alike
-  uint8_t* finite;          // (K), and not equal to an earlier code
+  uint8_t* kinds;           // (K) of Kind
   int64_t first_finite;     // -1: no code is finite
-  double reach;             // longest |c - centre|
+  double reach;             // longest |c - centre| of a usual code
   double scale, row_scale;  // of codes and of rows; see isa/bounds.h
   double packed_norm;       // longest packed code
   double residual;          // largest distance of a scaled code from its packed one
-  int32_t* packed;          // (tiles, pairs of features, codes of a tile), int16 each
-  int32_t* half_norms;      // (tiles, codes of a tile), negative
-  uint16_t* absent;         // (tiles): a bit for each place without a code that can win
+  const int64_t* far;       // codes too long for the scale of the others
+  int64_t far_count;
+  double far_reach;     // shortest |c - centre| of these
+  int32_t* packed;      // (tiles, pairs of features, codes of a tile), int16 each
+  int32_t* half_norms;  // (tiles, codes of a tile), negative
+  uint16_t* absent;     // (tiles): a bit for each place without a code that can win
 };
 
 // maxima over codes; a chunk of codes fills one
@@ -75,8 +82,9 @@ struct NearestCodeKernels {
   // exact codes begin..end of `codebook`, or points of the dithered curve, to `out` (float32, or float64 if
   // wide)
   void (*points)(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end, bool wide, void* out);
-  // hashes: equal codes have equal ones
-  void (*survey)(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, Spread* spread);
+  // sets kinds; hashes: equal codes have equal ones; norms: upper bounds of |c - centre|
+  void (*survey)(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, double* norms,
+                 Spread* spread);
   void (*scale)(Codes* codes, double largest);
   void (*pack)(const Codes& codes, int64_t tile_begin, int64_t tile_end, Spread* spread);
   // a block of rows: its memory, then three steps in it

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <functional>
 
 #include "parallel.h"
 
@@ -11,11 +11,26 @@ namespace {
 
 // codes at a time in the passes over the codebook
 constexpr int64_t kCodes = 512;
+// of so many codes one may be far; and how much longer than the rest that makes it
+constexpr int64_t kFarShare = 64;
+constexpr double kFarRatio = 4;
 // codes that the centre is taken from
 constexpr int64_t kSample = 128;
 
-enum Part { kRows, kFinite, kCentre, kPacked, kHalfNorms, kAbsent, kNumbers, kParts };
-enum Number { kTile, kCentred, kFirst, kReach, kScale, kRowScale, kPackedNorm, kResidual, kNumberCount };
+enum Part { kRows, kKinds, kCentre, kPacked, kHalfNorms, kAbsent, kFarCodes, kNumbers, kParts };
+enum Number {
+  kTile,
+  kCentred,
+  kFirst,
+  kReach,
+  kScale,
+  kRowScale,
+  kPackedNorm,
+  kResidual,
+  kFarCount,
+  kFarReach,
+  kNumberCount
+};
 
 int64_t tiles_of(const NearestCodeKernels& body, int64_t codes) {
   return (codes + body.codes - 1) / body.codes;
@@ -74,14 +89,17 @@ Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::
   codes.row_scale = n[kRowScale];
   codes.packed_norm = n[kPackedNorm];
   codes.residual = n[kResidual];
+  codes.far_count = static_cast<int64_t>(n[kFarCount]);
+  codes.far_reach = n[kFarReach];
 }
 
 void Prepared::point() {
-  codes.finite = data<uint8_t>(parts[kFinite]);
+  codes.kinds = data<uint8_t>(parts[kKinds]);
   codes.centre = data<double>(parts[kCentre]);
   codes.packed = data<int32_t>(parts[kPacked]);
   codes.half_norms = data<int32_t>(parts[kHalfNorms]);
   codes.absent = data<uint16_t>(parts[kAbsent]);
+  codes.far = data<int64_t>(parts[kFarCodes]);
 }
 
 void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither) {
@@ -100,7 +118,7 @@ void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, cons
            // scores of one row read a vector where a tile has fewer codes
            empty(tiles * body.codes * ((d + 1) / 2) + 16, ScalarType::Int),
            empty(tiles * body.codes + 16, ScalarType::Int), empty(tiles, ScalarType::Short),
-           empty(kNumberCount, ScalarType::Double)};
+           empty(k / kFarShare, ScalarType::Long), empty(kNumberCount, ScalarType::Double)};
   point();
   codes.rows = in_place ? rows.data : parts[kRows].mutable_data_ptr();
   if (!in_place)
@@ -111,20 +129,19 @@ void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, cons
   find_centre();
 
   const auto hashes = memory<int64_t>(k);
+  const auto norms = memory<double>(k);
   std::vector<Spread> spreads(static_cast<size_t>(chunks));
   each_task(chunks, 0, [&](int64_t task, void*) {
-    body.survey(codes, task * kCodes, std::min(k, (task + 1) * kCodes), hashes.get(),
+    body.survey(codes, task * kCodes, std::min(k, (task + 1) * kCodes), hashes.get(), norms.get(),
                 &spreads[static_cast<size_t>(task)]);
   });
   double largest = 0;
-  for (const Spread& spread : spreads) {
-    largest = std::max(largest, spread.largest);
-    codes.reach = std::max(codes.reach, spread.reach);
-  }
-  codes.first_finite = std::find(codes.finite, codes.finite + k, 1) - codes.finite;
+  for (const Spread& spread : spreads) largest = std::max(largest, spread.largest);
+  codes.first_finite = std::find(codes.kinds, codes.kinds + k, kUsual) - codes.kinds;
   if (codes.first_finite == k) codes.first_finite = -1;
   drop_repeated(hashes.get());
-  body.scale(&codes, largest);
+  set_apart(norms.get());
+  body.scale(&codes, std::min(largest, codes.reach));
 
   const int64_t at_once = kCodes / body.codes, packs = (tiles + at_once - 1) / at_once;
   spreads.assign(static_cast<size_t>(packs), Spread{});
@@ -148,6 +165,8 @@ void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, cons
   n[kRowScale] = codes.row_scale;
   n[kPackedNorm] = codes.packed_norm;
   n[kResidual] = codes.residual;
+  n[kFarCount] = static_cast<double>(codes.far_count);
+  n[kFarReach] = codes.far_reach;
 }
 
 // the mean of some codes where it outweighs their spread, else 0: any centre is right, a good one makes
@@ -196,14 +215,42 @@ void Prepared::drop_repeated(const int64_t* hashes) {
     return std::equal(c + a * d, c + (a + 1) * d, c + b * d);
   };
   for (int64_t j = 0; j < k; ++j) {
-    if (!codes.finite[j]) continue;
+    if (codes.kinds[j] == kNever) continue;
     int64_t at = hashes[j] & (places - 1);
     while (table[at] >= 0 && !(hashes[table[at]] == hashes[j] && equal(table[at], j)))
       at = (at + 1) & (places - 1);
     if (table[at] >= 0)
-      codes.finite[j] = 0;
+      codes.kinds[j] = kNever;
     else
       table[at] = static_cast<int32_t>(j);
+  }
+}
+
+// a few codes much longer than the rest would leave the rest no precision
+void Prepared::set_apart(const double* norms) {
+  std::vector<double> usual;
+  for (int64_t j = 0; j < codes.count; ++j)
+    if (codes.kinds[j] == kUsual) usual.push_back(norms[j]);
+  if (usual.empty()) return;
+  codes.reach = *std::max_element(usual.begin(), usual.end());
+  const int64_t most = static_cast<int64_t>(usual.size()) / kFarShare;
+  if (most == 0) return;
+  std::nth_element(usual.begin(), usual.begin() + most, usual.end(), std::greater<>());
+  const double longest = kFarRatio * usual[static_cast<size_t>(most)];
+  if (!(codes.reach > longest)) return;
+  int64_t* const far = data<int64_t>(parts[kFarCodes]);
+  codes.reach = 0;
+  codes.far_reach = HUGE_VAL;
+  for (int64_t j = 0; j < codes.count; ++j) {
+    if (codes.kinds[j] != kUsual) continue;
+    if (norms[j] > longest) {
+      codes.kinds[j] = kFar;
+      far[codes.far_count++] = j;
+      // norms are rounded up
+      codes.far_reach = std::min(codes.far_reach, norms[j] * (1 - 1e-6));
+    } else {
+      codes.reach = std::max(codes.reach, norms[j]);
+    }
   }
 }
 

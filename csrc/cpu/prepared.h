@@ -23,6 +23,7 @@ struct Prepared {
   void point();
   void find_centre();
   void drop_repeated(const int64_t* hashes);
+  void set_apart(const double* norms);
 };
 
 }  // namespace vqk::cpu

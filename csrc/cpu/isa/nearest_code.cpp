@@ -18,6 +18,7 @@ struct Block {
   vint* x;                 // (tiles, pairs, 2)
   Slot* slots;             // (tiles, kSlots)
   vint *shifts, *margins;  // (tiles, 2)
+  vfloat* lengths;         // (tiles, 2): |P x'|, rounded up
   char* lanes;             // (ld) vectors
 };
 
@@ -35,6 +36,7 @@ size_t divide(const Search& s, int64_t rows, void* scratch, Block* b) {
   b->slots = (Slot*)take(at, tiles * kSlots * (int64_t)sizeof(Slot));
   b->shifts = (vint*)take(at, tiles * 2 * (int64_t)sizeof(vint));
   b->margins = (vint*)take(at, tiles * 2 * (int64_t)sizeof(vint));
+  b->lengths = (vfloat*)take(at, tiles * 2 * (int64_t)sizeof(vfloat));
   b->lanes = take(at, ld * (int64_t)(arithmetic_wide(s) ? sizeof(vdouble) : sizeof(vfloat)));
   return (size_t)(at - (char*)scratch);
 }
@@ -52,7 +54,7 @@ void pack_block(const Search& s, const Bounds& bounds, const Block& b, int64_t b
   load(s.x, begin, rows, raw, ld);
   for (int64_t v = 0; v * kWidth < padded(rows, kRows); ++v)
     pack_rows<V>(s.codes, bounds, raw + v * kWidth * ld, ld, (V*)b.lanes, b.x + v / 2 * pairs * 2 + v % 2,
-                 b.shifts + v, b.margins + v);
+                 b.shifts + v, b.margins + v, b.lengths + v);
 }
 
 template <class X>
@@ -66,6 +68,7 @@ void settle_block(const Search& s, const Bounds& bounds, const Block& b, int64_t
                           b.x + t * pairs * 2,
                           b.shifts + 2 * t,
                           b.margins + 2 * t,
+                          b.lengths + 2 * t,
                           b.slots + t * kSlots};
     if (s.codes.wide)
       settle<X, double>(s, bounds, tile);
@@ -141,7 +144,7 @@ VQK_INLINE void spread_codes(const Codes& codes, int64_t first, double* out) {
   const int64_t d = codes.features;
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t j = first + lane;
-    const bool usable = j < codes.count && codes.finite[j];
+    const bool usable = j < codes.count && codes.kinds[j] != kNever;
     const C* const c = (const C*)codes.rows + (usable ? j : 0) * d;
     // a NaN never compares as smaller
     for (int64_t k = 0; k < d; ++k) out[k * kLanes + lane] = usable ? (double)c[k] : __builtin_nan("");

@@ -37,13 +37,14 @@ typedef uint64_t u8 __attribute__((vector_size(64), may_alias));
 constexpr uint64_t kHash = 0x27bb2ee687b0b0fd;
 
 template <class C>
-void survey_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, Spread* spread) {
+void survey_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, double* norms,
+                 Spread* spread) {
   const int64_t d = codes.features;
-  double largest = 0, norm = 0;
+  double largest = 0;
   for (int64_t j = begin; j < end; ++j) {
     const C* const c = (const C*)codes.rows + j * d;
-    codes.finite[j] = finite(c, d);
-    if (!codes.finite[j]) continue;
+    codes.kinds[j] = finite(c, d) ? kUsual : kNever;
+    if (codes.kinds[j] == kNever) continue;
     d8 squares = {}, high = {};
     u8 hash = {};
     for (int64_t k = 0; k < d; k += 8) {
@@ -53,29 +54,34 @@ void survey_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes
       else
         for (int64_t q = 0; q < d - k; ++q) v[q] = (double)c[k + q];
       // 0 added makes one of 0 and -0
-      hash = (hash ^ (u8)(v + 0.0)) * kHash;
-      hash ^= hash >> 29;
+      const u8 bits = (u8)(v + 0.0);
+      hash = hash * 5 + (bits ^ bits >> 32) * kHash;
       v -= load8(codes.centre + k);
       squares += v * v;
       v = v < 0 ? -v : v;
       high = v > high ? v : high;
     }
     uint64_t mixed = 0;
-    for (int q = 0; q < 8; ++q) mixed = (mixed ^ hash[q]) * kHash;
-    hashes[j] = (int64_t)(mixed >> 17);
+    for (int q = 0; q < 8; ++q) {
+      mixed = (mixed ^ hash[q]) * kHash;
+      mixed ^= mixed >> 29;
+    }
+    hashes[j] = (int64_t)(mixed >> 1);
     const double square = sum(squares);
-    norm = square > norm ? square : norm;
-    for (int q = 0; q < 8; ++q) largest = high[q] > largest ? high[q] : largest;
+    double most = 0;
+    for (int q = 0; q < 8; ++q) most = high[q] > most ? high[q] : most;
+    largest = most > largest ? most : largest;
+    // where squares overflow or vanish, a bound from the largest feature
+    norms[j] =
+        (square < 0x1p1000 && square > 0x1p-900 ? __builtin_sqrt(square) : most * __builtin_sqrt((double)d)) *
+        kSlack;
   }
   spread->largest = largest;
-  // where squares overflow or vanish, a bound from the largest feature
-  spread->reach = norm < 0x1p1000 && norm > 0x1p-900 ? __builtin_sqrt(norm) * kSlack
-                                                     : largest * __builtin_sqrt((double)d) * kSlack;
 }
 
-void survey(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, Spread* spread) {
-  return codes.wide ? survey_rows<double>(codes, begin, end, hashes, spread)
-                    : survey_rows<float>(codes, begin, end, hashes, spread);
+void survey(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes, double* norms, Spread* spread) {
+  return codes.wide ? survey_rows<double>(codes, begin, end, hashes, norms, spread)
+                    : survey_rows<float>(codes, begin, end, hashes, norms, spread);
 }
 
 // v rounded to an integer, ties to even, for |v| < 2^51
@@ -90,7 +96,7 @@ void pack_codes(const Codes& codes, int64_t tile_begin, int64_t tile_end, Spread
     codes.absent[tile] = 0;
     for (int lane = 0; lane < kCodes; ++lane) {
       const int64_t j = tile * kCodes + lane;
-      if (j >= codes.count || !codes.finite[j]) {
+      if (j >= codes.count || codes.kinds[j] != kUsual) {
         for (int64_t k = 0; k < pairs; ++k) out[k * kCodes + lane] = 0;
         codes.half_norms[tile * kCodes + lane] = 0;
         codes.absent[tile] = (uint16_t)(codes.absent[tile] | 1 << lane);

@@ -29,7 +29,7 @@ VQK_INLINE void fetch(const double* raw, int64_t ld, int64_t k0, vdouble* out) {
 // kWidth rows of `raw` (row-major, zeros up to ld) to every second vector of `out`
 template <class V, class X>
 void pack_rows(const Codes& codes, const Bounds& b, const X* raw, int64_t ld, V* lanes, vint* out,
-               vint* shifts, vint* margins) {
+               vint* shifts, vint* margins, vfloat* lengths) {
   constexpr bool wide = sizeof(V) > sizeof(vfloat);
   const int64_t d = codes.features;
   V norm = {}, element = {};
@@ -65,6 +65,7 @@ void pack_rows(const Codes& codes, const Bounds& b, const X* raw, int64_t ld, V*
     out[k] = mixed((vint)s0, all(0xffff), (vint)s1 << 16);
   }
   *shifts = t;
+  *lengths = length * b.sum * (1 + 0x1p-16f);
   *margins = margins_of(b, t, length, as_float(rest));
 }
 

@@ -22,6 +22,7 @@ struct Tile {
   int64_t ld, first, rows;
   const vint* x;                 // (pairs, 2)
   const vint *shifts, *margins;  // (2)
+  const vfloat* lengths;         // (2): |P x'|, rounded up
   const Slot* slots;             // (kSlots)
 };
 
@@ -79,6 +80,15 @@ void settle(const Search& s, const Bounds& b, const Tile<X>& t) {
       }
     }
   }
+  pairs.flush(d);
+  // |x - c| >= |c'| - |x'|, so a far code needs a row that is long or has nothing near
+  if (s.codes.far_count > 0)
+    for (int r = 0; r < t.rows; ++r) {
+      const double length = (double)((const float*)t.lengths)[r] / s.codes.row_scale;
+      if (s.codes.far_reach - length > __builtin_sqrt(best[r].sq_dist) * kSlack) continue;
+      for (int64_t q = 0; q < s.codes.far_count; ++q)
+        pairs.add(t.raw + r * t.ld, (const C*)s.codes.rows + s.codes.far[q] * d, best + r, s.codes.far[q], d);
+    }
   pairs.flush(d);
   for (int r = 0; r < t.rows; ++r) {
     if (!(open >> r & 1))
