@@ -62,6 +62,7 @@ Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::
                                  lanes * ((d + 1) / 2) + 16,
                                  lanes + 16,
                                  tiles_of(body, k),
+                                 k / kFarShare,
                                  kNumberCount};
   const bool whole = kept.size() == kParts && kept[kNumbers].scalar_type() == ScalarType::Double &&
                      kept[kNumbers].numel() == kNumberCount;
