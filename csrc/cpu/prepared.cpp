@@ -200,8 +200,8 @@ void Prepared::find_centre() {
 // of equal codes only the first can win; the others would hide each other from the certificate
 void Prepared::drop_repeated(const int64_t* hashes) {
   const int64_t k = codes.count, d = codes.features;
-  // a matter of speed alone
-  if (k > INT32_MAX / 2) return;
+  // a matter of speed alone, and beyond the caches a look at the table costs more than it saves
+  if (k > 1 << 20) return;
   int64_t places = 64;
   while (places < 2 * k) places *= 2;
   const auto table = memory<int32_t>(places);
