@@ -1,8 +1,9 @@
-# make demo    train two small VQ-VAEs on photographs, draw and tabulate what they learned
-# make test    all tests of a machine without a GPU
-# make check   format, lint, types, then the tests
-# make bench   time the ops beside their peers
-# make gpu     on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
+# make demo      train two small VQ-VAEs on photographs, draw and tabulate what they learned
+# make test      all tests of a machine without a GPU
+# make check     format, lint, types, then the tests
+# make sanitize  the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer, in builds of their own
+# make bench     time the ops beside their peers
+# make gpu       on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ FORMATTED := vqkernels python_tests bench setup.py
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py)
 
-.PHONY: demo test check check-all bench gpu lint format native clean
+.PHONY: demo test check check-all sanitize bench gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -28,6 +29,9 @@ check: lint test
 check-all: lint
 	$(PY) -m pytest python_tests
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
+
+sanitize: $(VENV)/test
+	$(PY) python_tests/sanitize.py
 
 bench: $(VENV)/bench
 	$(PY) bench/run.py

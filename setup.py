@@ -63,6 +63,7 @@ def cmake_arguments() -> list[str]:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        f"-DVQKERNELS_SANITIZE={os.environ.get('VQKERNELS_SANITIZE', '')}",
     ]
 
 

@@ -4,9 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -211,58 +208,6 @@ def test_isas_agree():
         for a, b in zip(results[0][2:], other[2:], strict=True):
             # one order of every sum and no contraction on any of them
             assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_first"])
-def test_threads_do_not_matter(layout):
-    x, codes = torch.randn(2, 3000, 24), torch.randn(400, 24)
-    if layout == "channels_first":
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    # one code takes half of the rows, so that sums cross the borders of tasks
-    indices = torch.where(torch.rand(2, 3000) < 0.5, 7, torch.randint(0, 400, (2, 3000)))
-    grad, position = torch.randn(2, 3000, 24), torch.rand(2, 3000)
-    results = []
-    for count in (1, 2, 3):
-        with threads(count):
-            found = search(x, codes)
-            sums = op.code_sums(x, indices, 400)
-            z = move(x, codes, indices.clamp(max=398), position)
-            grads = pull(grad, x, codes, indices.clamp(max=398), position)
-        results.append((*found, *sums, z, *grads))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
-
-
-def test_concurrent_calls():
-    cases = [(torch.randn(1, 400, 16), torch.randn(100 + k, 16)) for k in range(8)]
-    expected = [search(*case) for case in cases]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda case: search(*case), cases * 5))
-    for (indices, sq_dist), (other, distance) in zip(expected * 5, found, strict=True):
-        assert torch.equal(indices, other)
-        assert torch.equal(sq_dist, distance)
-
-
-def test_gil_is_released():
-    x, codes = torch.randn(1, 20000, 128), torch.randn(2000, 128)
-    done, ticks = threading.Event(), 0
-
-    def work():
-        search(x, codes)
-        done.set()
-
-    thread = threading.Thread(target=work)
-    start = time.perf_counter()
-    # on one thread it takes long enough to be seen, however many the machine has
-    with threads(1):
-        thread.start()
-        while not done.is_set():
-            time.sleep(1e-3)
-            ticks += 1
-        thread.join()
-    # with the lock held throughout, this thread would not have run at all in between
-    assert ticks > 3, time.perf_counter() - start
 
 
 def box_muller(w):
