@@ -113,6 +113,10 @@ def hard_cases():
     yield "permuted sums", torch.full((3, 17), 0.37), permuted
     yield "offset", 1e3 + 1e-2 * randn(127, 17), 1e3 + 1e-2 * randn(129, 17)
     yield "offset of x alone", 1e3 + 1e-2 * randn(127, 17), codes
+    # at x = 0 the bound is a few units
+    norms = 1 + 2e-7 * torch.rand(3000, 1, generator=generator).double()
+    axes = torch.eye(8).double()[torch.randint(0, 8, (3000,), generator=generator)]
+    yield "norms that float32 cannot tell apart", torch.zeros(2, 8).double(), norms * axes
     far = codes.clone()
     far[7], far[8] = 1e4 * codes[7], -1e3 * codes[8]
     yield (

@@ -12,8 +12,9 @@
 // k| are measured, not estimated. The contract's own distance d is a sum of D rounded squares of rounded
 // differences, within (D + 3) 2^-53 d + D 2^-1075 of the real one, and d <= (|x'| + C)^2 for every code, C =
 // max|c'|: half of twice that, in units, is F = (D + 4) 2^-52 (|w| + P 2^-t C)^2 2^t S / P + (D + 2) 2^-1074
-// P S. So a code with s < max s - 2 (E + F) cannot win. A key is s with its lowest bits replaced by a name,
-// which costs one step of those bits more. Rows for which any of this leaves its range stay open.
+// P S. So a code with s < max s - 2 (E + F) cannot win. A key is s with its lowest bits replaced by a name:
+// what is compared is rounded down to these bits on both sides, which loses no code. Rows for which any of
+// this leaves its range stay open.
 #pragma once
 
 #include "../kernels.h"
@@ -102,7 +103,7 @@ VQK_INLINE vint shifts_of(const Bounds& b, vfloat norm, vfloat element) {
   return norm <= b.longest ? t : all(INT32_MAX);
 }
 
-// 2 (E + F) and one step of a key, in units; INT32_MAX: the row stays open
+// 2 (E + F), in units; INT32_MAX: the row stays open
 VQK_INLINE vint margins_of(const Bounds& b, vint shifts, vfloat norm, vfloat rest) {
   const vint open = shifts > kShifts;
   const vint t = open ? vint{} : shifts;
@@ -112,7 +113,7 @@ VQK_INLINE vint margins_of(const Bounds& b, vint shifts, vfloat norm, vfloat res
   const vfloat error = r * b.packed_norm + w * b.residual + 3.0f;
   const vfloat margin = (2 * error + reach * reach * b.literal * back + b.tiny) * (1 + 0x1p-16f);
   const vint narrow = margin <= (float)kWidest;
-  const vint units = __builtin_convertvector(narrow ? margin : vfloat{}, vint) + 1 - b.keep;
+  const vint units = __builtin_convertvector(narrow ? margin : vfloat{}, vint) + 1;
   return narrow & ~open ? units : all(INT32_MAX);
 }
 

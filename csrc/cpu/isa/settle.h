@@ -54,7 +54,7 @@ void settle(const Search& s, const Bounds& b, const Tile<X>& t) {
     const vint margin = t.margins[v];
     // an open row's margin is INT32_MAX: no lane of it is looked at
     const vint refused = margin == INT32_MAX;
-    const vint bar = (top - (s.exact & ~refused ? margin : vint{})) & b.keep;
+    const vint bar = ((top & b.keep) - (s.exact & ~refused ? margin : vint{})) & b.keep;
     const int64_t left = t.rows - v * kWidth;
     const uint32_t present = left >= kWidth ? (uint32_t)((1ull << kWidth) - 1)
                              : left > 0     ? (1u << left) - 1
