@@ -1,6 +1,7 @@
 #include "by_code.h"
 #include "isa.h"
 #include "ops.h"
+#include "pages.h"
 
 namespace vqk::cpu {
 
@@ -14,6 +15,8 @@ std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes
   Tensor sums = torch::stable::new_empty(x, {num_codes, d},
                                          rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float);
 
+  large_pages(sums.mutable_data_ptr(), sums.numel() * size_of(type_of(sums)));
+
   const auto codes = memory<int64_t>(count);
   constexpr int64_t kRows = 1024;
   each_task((count + kRows - 1) / kRows, body.scratch(d), [&](int64_t task, void* scratch) {
@@ -25,15 +28,26 @@ std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes
     }
     body.drop_non_finite(rows, begin, end, scratch, codes.get());
   });
-  const ByCode sorted(codes.get(), count, num_codes);
   int64_t* const out = counts.mutable_data_ptr<int64_t>();
-  for (int64_t j = 0; j < num_codes; ++j) out[j] = sorted.starts[j + 1] - sorted.starts[j];
   Sums args{};
   args.x = rows;
   args.codebook = no_rows();
+  args.by_row = codes.get();
+  args.entries = count;
   args.codes = num_codes;
   args.out = rows_of(sums);
-  sum_by_code(body, args, sorted);
+  args.wide = rows.type == Type::f64;
+  const Columns columns(body, args);
+  if (columns.slab) {
+    std::fill_n(out, num_codes, 0);
+    for (int64_t n = 0; n < count; ++n)
+      if (codes[n] >= 0) ++out[codes[n]];
+    sum_columns(body, args, columns);
+    return {counts, sums};
+  }
+  const ByCode by_code(codes.get(), count, num_codes);
+  for (int64_t j = 0; j < num_codes; ++j) out[j] = by_code.starts[j + 1] - by_code.starts[j];
+  sum_sorted(body, args, by_code);
   return {counts, sums};
 }
 

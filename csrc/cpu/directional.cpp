@@ -1,12 +1,26 @@
 #include "by_code.h"
 #include "isa.h"
 #include "ops.h"
+#include "pages.h"
 
 namespace vqk::cpu {
 namespace {
 
-// rows at a time; a thread takes one such range after the other
-constexpr int64_t kRows = 64;
+// visits ranges of rows; a thread takes one after the other
+template <class Visit>
+void each_range(const Rows& rows, size_t scratch_bytes, const Visit& visit) {
+  const int64_t count = rows.count(),
+                at_once = std::clamp<int64_t>((1 << 14) / rows.features / 64 * 64, 64, 1024);
+  each_task((count + at_once - 1) / at_once, scratch_bytes, [&](int64_t task, void* scratch) {
+    visit(task * at_once, std::min(count, (task + 1) * at_once), scratch);
+  });
+}
+
+Tensor output_like(const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+  large_pages(out.mutable_data_ptr(), out.numel() * size_of(type_of(x)));
+  return out;
+}
 
 Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices,
                       const MaybeTensor& position, const Tensor& seed, int64_t direction, double noise_std,
@@ -35,14 +49,12 @@ Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& ind
 Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed,
                    int64_t direction, double noise_std, int64_t row_offset) {
   Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
-  Tensor z = torch::stable::empty_like(x);
+  Tensor z = output_like(x);
   if (x.numel() == 0) return z;
   args.z = rows_of(z);
   const DirectionalKernels& body = *kernels().directional;
-  const int64_t count = args.x.count();
-  each_task((count + kRows - 1) / kRows, body.scratch(args.x.features), [&](int64_t task, void* scratch) {
-    body.forward(args, task * kRows, std::min(count, (task + 1) * kRows), scratch);
-  });
+  each_range(args.x, body.scratch(args.x.features),
+             [&](int64_t begin, int64_t end, void* scratch) { body.forward(args, begin, end, scratch); });
   return z;
 }
 
@@ -52,8 +64,9 @@ std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor co
   Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
   args.grad = rows_of(grad);
   check_same_rows(args.x, args.grad, "grad");
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = output_like(x);
   Tensor grad_codebook = torch::stable::new_empty(codebook, codebook.sizes());
+  large_pages(grad_codebook.mutable_data_ptr(), grad_codebook.numel() * size_of(args.codebook.type));
   args.z = rows_of(grad_x);
   const Kernels& bodies = kernels();
   const int64_t count = args.x.count(), entries = count * (position ? 2 : 1);
@@ -61,18 +74,24 @@ std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor co
   const auto pull = memory<double>(entries);
   args.codes = codes.get();
   args.pull = pull.get();
-  each_task((count + kRows - 1) / kRows, bodies.directional->scratch(args.x.features),
-            [&](int64_t task, void* scratch) {
-              bodies.directional->backward(args, task * kRows, std::min(count, (task + 1) * kRows), scratch);
-            });
+  each_range(args.x, bodies.directional->scratch(args.x.features),
+             [&](int64_t begin, int64_t end, void* scratch) {
+               bodies.directional->backward(args, begin, end, scratch);
+             });
   Sums sums{};
   sums.x = args.x;
   sums.codebook = args.codebook;
   sums.pull = pull.get();
+  sums.by_row = codes.get();
+  sums.entries = entries;
   sums.codes = args.codebook.inner;
   sums.out = rows_of(grad_codebook);
   sums.wide = args.wide;
-  sum_by_code(*bodies.code_sums, sums, ByCode(codes.get(), entries, sums.codes));
+  const Columns columns(*bodies.code_sums, sums);
+  if (columns.slab)
+    sum_columns(*bodies.code_sums, sums, columns);
+  else
+    sum_sorted(*bodies.code_sums, sums, ByCode(codes.get(), entries, sums.codes));
   return {grad_x, grad_codebook};
 }
 

@@ -63,16 +63,18 @@ struct Directional {
   double* pull;    // backward: (points, N) w (g . u) / r
 };
 
-// sums of rows per code, over entries sorted by code
+// sums of rows per code: of x itself, or of pull * (c - x)
 struct Sums {
   Rows x;
-  Rows codebook;           // data null: add x itself, else pull * (c - x)
-  const double* pull;      // by entry
-  const int64_t* entries;  // sorted; row = entry % N
-  const int64_t* starts;   // (K + 1)
-  int64_t codes, chunk;    // chunk: entries at a time
-  Rows out;                // (1, K, D)
-  double* edges;           // (chunks, 2, D): first and last code of each chunk, when they cross its borders
+  Rows codebook;          // data null: x itself
+  const double* pull;     // by entry; row = entry % N
+  const int64_t* by_row;  // code of each entry, -1 for none
+  int64_t entries;        // N, or 2 N
+  const int64_t* sorted;  // entries by code, for rows that lie together
+  const int64_t* starts;  // (K + 1) into sorted
+  int64_t codes, chunk;   // chunk: entries at a time
+  Rows out;               // (1, K, D)
+  double* edges;          // (chunks, 2, D): first and last code of each chunk, when they cross its borders
   bool wide;
 };
 
@@ -111,12 +113,22 @@ struct CodeSumsKernels {
   size_t (*scratch)(int64_t features);
   // codes[n] = -1 where row n has a feature that is not finite
   void (*drop_non_finite)(const Rows& x, int64_t begin, int64_t end, void* scratch, int64_t* codes);
+  // the codes that chunk `chunk` of the sorted entries holds as a whole, and the edges of the others
   void (*sums)(const Sums& args, int64_t chunk, void* scratch);
+  // the codes in [begin, end) that no chunk held as a whole
+  void (*join)(const Sums& args, int64_t begin, int64_t end, void* scratch);
+  // features at a time of the same sums from entries as they come, 0 where the rows do not allow it; across:
+  // features are further apart than rows
+  int (*slab)(const Rows& x, bool wide, bool across);
+  size_t (*columns_scratch)(int64_t codes, bool across);
+  // features from `feature` on of the codes in [begin, end)
+  void (*columns)(const Sums& args, bool across, int64_t feature, int64_t begin, int64_t end, void* scratch);
 };
 
 struct PhiloxKernels {
-  // words and normals of one row, (blocks, 4) each
-  void (*row)(uint64_t seed, uint64_t row, uint32_t stream, int64_t blocks, int64_t* words, float* normals);
+  // words and normals of rows from `row` on, (rows, blocks, 4) each
+  void (*rows)(uint64_t seed, uint64_t row, uint32_t stream, int64_t rows, int64_t blocks, int64_t* words,
+               float* normals);
 };
 
 struct Kernels {

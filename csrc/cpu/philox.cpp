@@ -14,9 +14,10 @@ std::tuple<Tensor, Tensor> philox(Tensor seed, int64_t rows, int64_t blocks, int
   float* const n = normals.mutable_data_ptr<float>();
   const int64_t at_once = std::max<int64_t>(1, 4096 / std::max<int64_t>(blocks, 1));
   each_task((rows + at_once - 1) / at_once, 0, [&](int64_t task, void*) {
-    for (int64_t row = task * at_once; row < std::min(rows, (task + 1) * at_once); ++row)
-      body.row(key, static_cast<uint64_t>(row + row_offset), static_cast<uint32_t>(stream), blocks,
-               w + 4 * blocks * row, n + 4 * blocks * row);
+    const int64_t begin = task * at_once, end = std::min(rows, begin + at_once);
+    if (blocks > 0)
+      body.rows(key, static_cast<uint64_t>(begin + row_offset), static_cast<uint32_t>(stream), end - begin,
+                blocks, w + 4 * blocks * begin, n + 4 * blocks * begin);
   });
   return {words, normals};
 }

@@ -1,38 +1,89 @@
-// Sums of rows per code over entries sorted by code. A chunk is a fixed number of entries, so the order of
-// the sum depends on the data alone and not on the threads.
+// Sums of rows per code. Where rows are many beside codes, or lie across, such as those of NCHW, they are
+// added as they come to a table of all codes, some features (a slab) at a time; else in the order of their
+// codes, some entries (a chunk) at a time. Either way the order of every sum depends on the data alone and
+// not on the threads.
 #include "../kernels.h"
 #include "convert.h"
+#include "units.h"
 
 namespace vqk {
 namespace {
 
-size_t scratch_of(int64_t d) { return (size_t)(3 * d * 8); }
+// differences are formed in A, as in the forward pass
+VQK_INLINE doubles difference(const float* c, const float* x) {
+  return widened((few_floats)(*(const loose_few_floats*)c - *(const loose_few_floats*)x));
+}
+VQK_INLINE doubles difference(const double* c, const double* x) { return widened(c) - widened(x); }
 
-void drop_non_finite(const Rows& x, int64_t begin, int64_t end, void* scratch, int64_t* codes) {
-  double* const row = (double*)scratch;
-  for (int64_t n = begin; n < end; ++n) {
-    load(x, n, 1, row, x.features);
-    if (!finite(row, x.features)) codes[n] = -1;
+// rows that are added at a time, and how far ahead of them rows are asked for
+constexpr int64_t kBatch = 16, kAhead = 6;
+
+size_t scratch_of(int64_t d) { return (size_t)((2 + kBatch) * (d + 8) * 8); }
+
+template <class A>
+VQK_INLINE bool lies_together(const Rows& rows) {
+  return rows.type == (sizeof(A) == 4 ? Type::f32 : Type::f64) && rows.stride_feature == 1;
+}
+
+template <class A>
+VQK_INLINE const A* place(const Rows& rows, int64_t n) {
+  const A* const data = (const A*)rows.data;
+  if (rows.batch == 1) return data + n * rows.stride_inner;
+  return data + n / rows.inner * rows.stride_batch + n % rows.inner * rows.stride_inner;
+}
+
+VQK_INLINE int64_t row_of(int64_t entry, int64_t count) { return entry < count ? entry : entry - count; }
+
+template <class A>
+VQK_INLINE void prefetch(const A* row, int64_t d) {
+  const int64_t bytes = smaller(d * (int64_t)sizeof(A), 1024);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)row + at);
+}
+
+// parts * kDoubles features of n rows
+template <int parts, bool pulled, class A>
+VQK_INLINE void add_tile(const A* const* rows, const double* pull, int64_t n, const A* c, int64_t k,
+                         double* sums) {
+  doubles acc[parts];
+#pragma GCC unroll 8
+  for (int i = 0; i < parts; ++i) acc[i] = *(const loose_doubles*)(sums + k + i * kDoubles);
+  for (int64_t r = 0; r < n; ++r) {
+    const A* const x = rows[r] + k;
+#pragma GCC unroll 8
+    for (int i = 0; i < parts; ++i)
+      if constexpr (pulled)
+        acc[i] += pull[r] * difference(c + k + i * kDoubles, x + i * kDoubles);
+      else
+        acc[i] += widened(x + i * kDoubles);
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < parts; ++i) *(loose_doubles*)(sums + k + i * kDoubles) = acc[i];
 }
 
-void add(const double* row, int64_t d, double* total) {
-  for (int64_t k = 0; k < d; ++k) total[k] += row[k];
+template <bool pulled, class A>
+VQK_INLINE void add_rows(const A* const* rows, const double* pull, int64_t n, const A* c, int64_t d,
+                         double* sums) {
+  int64_t k = 0;
+  for (; k + 8 * kDoubles <= d; k += 8 * kDoubles) add_tile<8, pulled>(rows, pull, n, c, k, sums);
+  for (; k + kDoubles <= d; k += kDoubles) add_tile<1, pulled>(rows, pull, n, c, k, sums);
+  for (; k < d; ++k)
+    for (int64_t r = 0; r < n; ++r)
+      if constexpr (pulled)
+        sums[k] += pull[r] * (double)(A)(c[k] - rows[r][k]);
+      else
+        sums[k] += (double)rows[r][k];
 }
 
-// the pull along e = c - x, formed as in the forward pass
-template <class A>
-void pull(const A* x, const A* c, double a, int64_t d, double* total) {
-  for (int64_t k = 0; k < d; ++k) total[k] += a * (double)(c[k] - x[k]);
-}
-
-template <class A>
+template <class A, bool pulled>
 void sums_of(const Sums& args, int64_t chunk, void* scratch) {
   const int64_t d = args.x.features, count = args.x.count(), last = args.starts[args.codes];
   const int64_t begin = chunk * args.chunk, end = smaller(begin + args.chunk, last);
   double* const total = (double*)scratch;
-  A* const row = (A*)(total + d);
-  A* const code = (A*)(total + 2 * d);
+  A* const code = (A*)(total + d);
+  A* const copies = (A*)(total + 2 * d);
+  const bool together = lies_together<A>(args.x), codes_together = pulled && lies_together<A>(args.codebook);
+  const A* rows[kBatch];
+  double pull[kBatch];
   // the code of the first entry: the last code that starts at or before it
   int64_t low = 0, high = args.codes;
   while (high - low > 1) {
@@ -44,14 +95,26 @@ void sums_of(const Sums& args, int64_t chunk, void* scratch) {
     if (stop <= at) continue;
     const int64_t from = at;
     memset(total, 0, (size_t)d * 8);
-    if (args.codebook.data) load(args.codebook, j, 1, code, d);
-    for (; at < stop; ++at) {
-      const int64_t entry = args.entries[at];
-      load(args.x, entry % count, 1, row, d);
-      if (args.codebook.data)
-        pull(row, code, args.pull[entry], d, total);
-      else
-        for (int64_t k = 0; k < d; ++k) total[k] += (double)row[k];
+    const A* c = code;
+    if (codes_together)
+      c = place<A>(args.codebook, j);
+    else if (pulled)
+      load(args.codebook, j, 1, code, d);
+    while (at < stop) {
+      const int64_t n = smaller(kBatch, stop - at);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t entry = args.sorted[at + r], row = row_of(entry, count);
+        if (together && at + r + kAhead < end)
+          prefetch(place<A>(args.x, row_of(args.sorted[at + r + kAhead], count)), d);
+        if (pulled) pull[r] = args.pull[entry];
+        rows[r] = copies + r * d;
+        if (together)
+          rows[r] = place<A>(args.x, row);
+        else
+          load(args.x, row, 1, copies + r * d, d);
+      }
+      add_rows<pulled>(rows, pull, n, c, d, total);
+      at += n;
     }
     // a code that goes on in another chunk is finished by whoever joins the edges
     if (from > args.starts[j])
@@ -63,11 +126,18 @@ void sums_of(const Sums& args, int64_t chunk, void* scratch) {
   }
 }
 
-// one more task than chunks: it joins the edges in order
-void join(const Sums& args, void* scratch) {
+void sums(const Sums& args, int64_t chunk, void* scratch) {
+  if (args.codebook.data)
+    return args.wide ? sums_of<double, true>(args, chunk, scratch)
+                     : sums_of<float, true>(args, chunk, scratch);
+  return args.wide ? sums_of<double, false>(args, chunk, scratch)
+                   : sums_of<float, false>(args, chunk, scratch);
+}
+
+void join(const Sums& args, int64_t begin, int64_t end, void* scratch) {
   const int64_t d = args.x.features;
   double* const total = (double*)scratch;
-  for (int64_t j = 0; j < args.codes; ++j) {
+  for (int64_t j = begin; j < end; ++j) {
     const int64_t from = args.starts[j], to = args.starts[j + 1];
     if (to == from) {
       memset(total, 0, (size_t)d * 8);
@@ -77,22 +147,140 @@ void join(const Sums& args, void* scratch) {
     const int64_t first = from / args.chunk, final = (to - 1) / args.chunk;
     if (first == final) continue;
     memcpy(total, args.edges + (2 * first + 1) * d, (size_t)d * 8);
-    for (int64_t chunk = first + 1; chunk <= final; ++chunk) add(args.edges + 2 * chunk * d, d, total);
+    for (int64_t chunk = first + 1; chunk <= final; ++chunk)
+      for (int64_t k = 0; k < d; ++k) total[k] += args.edges[2 * chunk * d + k];
     store(total, d, args.out, j, 1);
   }
 }
 
-void sums(const Sums& args, int64_t chunk, void* scratch) {
-  if (chunk < 0) return join(args, scratch);
-  return args.wide || !args.codebook.data ? sums_of<double>(args, chunk, scratch)
-                                          : sums_of<float>(args, chunk, scratch);
+// features at a time of rows that lie across, and of rows that lie together: a cache line of theirs
+constexpr int kSlab = 8, kLine = 16;
+
+// rows that are turned at a time
+constexpr int64_t kTurned = 128;
+
+size_t columns_scratch_of(int64_t codes, bool across) {
+  return (size_t)(2 * codes + (across ? kTurned : 0)) * (across ? kSlab : kLine) * 8;
+}
+
+VQK_INLINE Rows slab_of(Rows rows, int64_t feature, int64_t features) {
+  rows.data += feature * rows.stride_feature * size_of(rows.type);
+  rows.features = features;
+  return rows;
+}
+
+template <int slab, bool pulled, class A>
+VQK_INLINE void add_to(double* table, int64_t code, double pull, const A* c, const A* x) {
+  doubles* const sum = (doubles*)(table + code * slab);
+  const A* const of = c + code * slab;
+#pragma GCC unroll 8
+  for (int i = 0; i < slab / kDoubles; ++i)
+    if constexpr (pulled)
+      sum[i] += pull * difference(of + i * kDoubles, x + i * kDoubles);
+    else
+      sum[i] += widened(x + i * kDoubles);
+}
+
+// features [feature, feature + slab) of the codes in [begin, end)
+template <int slab, class A, bool pulled>
+void columns_of(const Sums& args, int64_t feature, int64_t begin, int64_t end, void* scratch) {
+  constexpr bool turned = slab == kSlab;
+  const int64_t width = smaller(slab, args.x.features - feature), count = args.x.count(), codes = end - begin;
+  double* const table = (double*)scratch;
+  A* const c = (A*)(table + codes * slab);
+  A* const turned_rows = (A*)(table + 2 * codes * slab);
+  const Rows rows = slab_of(args.x, feature, width);
+  memset(table, 0, (size_t)codes * slab * 8);
+  if (turned) memset(turned_rows, 0, (size_t)(kTurned * slab) * sizeof(A));
+  if (pulled) {
+    // what stands beside the last features is added as well, to nothing
+    if (width < slab) memset(c, 0, (size_t)(codes * slab) * sizeof(A));
+    load(slab_of(args.codebook, feature, width), begin, codes, c, slab);
+  }
+  for (int64_t first = 0; first < count; first += kTurned) {
+    const int64_t n = smaller(kTurned, count - first);
+    if (turned) load(rows, first, n, turned_rows, slab);
+    for (int64_t r = 0; r < n; ++r) {
+      const A* const x = turned ? turned_rows + r * slab : place<A>(rows, first + r);
+      if (!turned) __builtin_prefetch(x + 32 * rows.stride_inner);
+      for (int64_t entry = first + r; entry < args.entries; entry += count) {
+        const int64_t code = args.by_row[entry] - begin;
+        if (code >= 0 && code < codes) add_to<slab, pulled>(table, code, pulled ? args.pull[entry] : 0, c, x);
+      }
+    }
+  }
+  store(table, slab, slab_of(args.out, feature, width), begin, codes);
+}
+
+template <class A>
+VQK_INLINE bool whole_lines(const Rows& rows) {
+  return lies_together<A>(rows) && rows.features % kLine == 0;
+}
+
+// how many features columns() takes at a time, 0 where it cannot
+int slab_of_rows(const Rows& x, bool wide, bool across) {
+  if (across) return kSlab;
+  return (wide ? whole_lines<double>(x) : whole_lines<float>(x)) ? kLine : 0;
+}
+
+template <int slab>
+void columns_with(const Sums& args, int64_t feature, int64_t begin, int64_t end, void* scratch) {
+  if (args.codebook.data)
+    return args.wide ? columns_of<slab, double, true>(args, feature, begin, end, scratch)
+                     : columns_of<slab, float, true>(args, feature, begin, end, scratch);
+  return args.wide ? columns_of<slab, double, false>(args, feature, begin, end, scratch)
+                   : columns_of<slab, float, false>(args, feature, begin, end, scratch);
+}
+
+void columns(const Sums& args, bool across, int64_t feature, int64_t begin, int64_t end, void* scratch) {
+  return across ? columns_with<kSlab>(args, feature, begin, end, scratch)
+                : columns_with<kLine>(args, feature, begin, end, scratch);
+}
+
+// magnitudes of float32 as integers are in order, and above infinity stands every NaN
+void drop_across(const Rows& x, int64_t begin, int64_t n, int64_t* codes) {
+  uint32_t most[kTurned];
+  for (int64_t r = 0; r < n; ++r) most[r] = 0;
+  across<const float>(x, begin, n, [&](const float* from, int64_t r, int64_t run) {
+    for (int64_t k = 0; k < x.features; ++k)
+      for (int64_t q = 0; q < run; ++q) {
+        const uint32_t size = bits_of(from[k * x.stride_feature + q]) & 0x7fffffffu;
+        most[r + q] = size > most[r + q] ? size : most[r + q];
+      }
+  });
+  for (int64_t r = 0; r < n; ++r)
+    if (most[r] >= 0x7f800000u) codes[begin + r] = -1;
+}
+
+template <class A>
+void drop(const Rows& x, int64_t n, A* row, int64_t* codes) {
+  const A* at = row;
+  if (lies_together<A>(x))
+    at = place<A>(x, n);
+  else
+    load(x, n, 1, row, x.features);
+  if (!finite(at, x.features)) codes[n] = -1;
+}
+
+void drop_non_finite(const Rows& x, int64_t begin, int64_t end, void* scratch, int64_t* codes) {
+  if (x.type == Type::f32 && lies_across(x)) {
+    for (int64_t first = begin; first < end; first += kTurned)
+      drop_across(x, first, smaller(kTurned, end - first), codes);
+    return;
+  }
+  for (int64_t n = begin; n < end; ++n)
+    if (x.type == Type::f64)
+      drop(x, n, (double*)scratch, codes);
+    else
+      drop(x, n, (float*)scratch, codes);
 }
 
 }  // namespace
 
 namespace VQK_ISA {
 extern const CodeSumsKernels code_sums;
-const CodeSumsKernels code_sums = {scratch_of, drop_non_finite, sums};
+const CodeSumsKernels code_sums = {scratch_of,   drop_non_finite,    sums,   join,
+                                   slab_of_rows, columns_scratch_of, columns};
 }  // namespace VQK_ISA
 
 }  // namespace vqk

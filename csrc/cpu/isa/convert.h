@@ -3,6 +3,7 @@
 
 #include "../../random.h"
 #include "../rows.h"
+#include "transpose.h"
 
 namespace vqk {
 namespace {
@@ -13,6 +14,11 @@ struct F16 {
 struct BF16 {
   uint16_t bits;
 };
+
+template <class T, class U>
+constexpr bool is_same = false;
+template <class T>
+constexpr bool is_same<T, T> = true;
 
 VQK_INLINE float widen(F16 h) {
   const uint32_t sign = (uint32_t)(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
@@ -76,37 +82,153 @@ VQK_INLINE void each(const Rows& rows, int64_t begin, int64_t n, int64_t ld, Vis
   }
 }
 
+// float32 and halves, a run of neighbours at a time
+template <class T>
+VQK_INLINE void widen_run(const T* from, int64_t n, float* out) {
+  int64_t k = 0;
+#if defined(__AVX512F__)
+  if constexpr (is_same<T, F16>)
+    for (; k + 16 <= n; k += 16)
+      _mm512_storeu_ps(out + k,
+                       _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)(from + k))));
+#endif
+  for (; k < n; ++k) out[k] = widen(from[k]);
+}
+
+template <class T>
+VQK_INLINE void narrow_run(const float* in, int64_t n, T* to) {
+  int64_t k = 0;
+#if defined(__AVX512F__)
+  if constexpr (is_same<T, F16>)
+    for (; k + 16 <= n; k += 16)
+      _mm256_storeu_si256((__m256i*)(to + k), _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(in + k), 0));
+#endif
+  for (; k < n; ++k) narrow(in[k], to + k);
+}
+
+// visits rows that lie across, such as those of NCHW: a run of them within one batch at a time
+template <class T, class Visit>
+VQK_INLINE void across(const Rows& rows, int64_t begin, int64_t n, Visit visit) {
+  for (int64_t r = 0; r < n;) {
+    const int64_t b = (begin + r) / rows.inner, m = (begin + r) % rows.inner,
+                  run = smaller(n - r, rows.inner - m);
+    visit((T*)rows.data + b * rows.stride_batch + m, r, run);
+    r += run;
+  }
+}
+
+VQK_INLINE bool lies_across(const Rows& rows) {
+  return rows.type != Type::f64 && rows.stride_inner == 1 && rows.stride_feature != 1;
+}
+
+// halves are turned as float32, kSquare features of kTurnRun rows at a time
+constexpr int64_t kTurnRun = 64;
+
+template <class T>
+void load_across(const Rows& rows, int64_t begin, int64_t n, float* out, int64_t ld) {
+  const int64_t d = rows.features, sd = rows.stride_feature;
+  across<const T>(rows, begin, n, [&](const T* from, int64_t r, int64_t run) {
+    if constexpr (is_same<T, float>) {
+      turn(from, sd, d, run, out + r * ld, ld);
+    } else {
+      alignas(64) float some[kSquare * kTurnRun];
+      for (int64_t q = 0; q < run; q += kTurnRun)
+        for (int64_t k = 0; k < d; k += kSquare) {
+          const int64_t length = smaller(kTurnRun, run - q), features = smaller(kSquare, d - k);
+          for (int64_t f = 0; f < features; ++f)
+            widen_run(from + (k + f) * sd + q, length, some + f * kTurnRun);
+          turn(some, kTurnRun, features, length, out + (r + q) * ld + k, ld);
+        }
+    }
+  });
+}
+
+template <class T>
+void store_across(const float* in, int64_t ld, const Rows& rows, int64_t begin, int64_t n) {
+  const int64_t d = rows.features, sd = rows.stride_feature;
+  across<T>(rows, begin, n, [&](T* to, int64_t r, int64_t run) {
+    if constexpr (is_same<T, float>) {
+      turn(in + r * ld, ld, run, d, to, sd);
+    } else {
+      alignas(64) float some[kSquare * kTurnRun];
+      for (int64_t q = 0; q < run; q += kTurnRun)
+        for (int64_t k = 0; k < d; k += kSquare) {
+          const int64_t length = smaller(kTurnRun, run - q), features = smaller(kSquare, d - k);
+          turn(in + (r + q) * ld + k, ld, length, features, some, kTurnRun);
+          for (int64_t f = 0; f < features; ++f)
+            narrow_run(some + f * kTurnRun, length, to + (k + f) * sd + q);
+        }
+    }
+  });
+}
+
+// rows to or from float32
+template <class T>
+void load_floats(const Rows& rows, int64_t begin, int64_t n, float* out, int64_t ld) {
+  if (n > 1 && lies_across(rows)) return load_across<T>(rows, begin, n, out, ld);
+  if (rows.stride_feature != 1)
+    return each<const T>(rows, begin, n, ld, [out](const T* v, int64_t at) { out[at] = widen(*v); });
+  Rows whole = rows;
+  whole.features = 1;
+  each<const T>(whole, begin, n, 1,
+                [&](const T* v, int64_t at) { widen_run(v, rows.features, out + at * ld); });
+}
+
+template <class T>
+void store_floats(const float* in, int64_t ld, const Rows& rows, int64_t begin, int64_t n) {
+  if (n > 1 && lies_across(rows)) return store_across<T>(in, ld, rows, begin, n);
+  if (rows.stride_feature != 1)
+    return each<T>(rows, begin, n, ld, [in](T* v, int64_t at) { narrow(in[at], v); });
+  Rows whole = rows;
+  whole.features = 1;
+  each<T>(whole, begin, n, 1, [&](T* v, int64_t at) { narrow_run(in + at * ld, rows.features, v); });
+}
+
+template <class T, class A>
+void load_as(const Rows& rows, int64_t begin, int64_t n, A* out, int64_t ld) {
+  if constexpr (is_same<A, float> && !is_same<T, double>)
+    load_floats<T>(rows, begin, n, out, ld);
+  else
+    each<const T>(rows, begin, n, ld, [out](const T* v, int64_t at) { out[at] = (A)widen(*v); });
+}
+
+template <class T, class A>
+void store_as(const A* in, int64_t ld, const Rows& rows, int64_t begin, int64_t n) {
+  if constexpr (is_same<A, float> && !is_same<T, double>)
+    store_floats<T>(in, ld, rows, begin, n);
+  else
+    each<T>(rows, begin, n, ld, [in](T* v, int64_t at) { narrow(in[at], v); });
+}
+
 template <class A>
 void load(const Rows& rows, int64_t begin, int64_t n, A* out, int64_t ld) {
   switch (rows.type) {
-    case Type::f16:
-      return each<const F16>(rows, begin, n, ld, [out](const F16* v, int64_t at) { out[at] = (A)widen(*v); });
-    case Type::bf16:
-      return each<const BF16>(rows, begin, n, ld,
-                              [out](const BF16* v, int64_t at) { out[at] = (A)widen(*v); });
-    case Type::f32:
-      return each<const float>(rows, begin, n, ld, [out](const float* v, int64_t at) { out[at] = (A)*v; });
-    case Type::f64:
-      return each<const double>(rows, begin, n, ld, [out](const double* v, int64_t at) { out[at] = (A)*v; });
+    case Type::f16: return load_as<F16>(rows, begin, n, out, ld);
+    case Type::bf16: return load_as<BF16>(rows, begin, n, out, ld);
+    case Type::f32: return load_as<float>(rows, begin, n, out, ld);
+    case Type::f64: return load_as<double>(rows, begin, n, out, ld);
   }
 }
 
 template <class A>
 void store(const A* in, int64_t ld, const Rows& rows, int64_t begin, int64_t n) {
   switch (rows.type) {
-    case Type::f16: return each<F16>(rows, begin, n, ld, [in](F16* v, int64_t at) { narrow(in[at], v); });
-    case Type::bf16: return each<BF16>(rows, begin, n, ld, [in](BF16* v, int64_t at) { narrow(in[at], v); });
-    case Type::f32: return each<float>(rows, begin, n, ld, [in](float* v, int64_t at) { narrow(in[at], v); });
-    case Type::f64:
-      return each<double>(rows, begin, n, ld, [in](double* v, int64_t at) { narrow(in[at], v); });
+    case Type::f16: return store_as<F16>(in, ld, rows, begin, n);
+    case Type::bf16: return store_as<BF16>(in, ld, rows, begin, n);
+    case Type::f32: return store_as<float>(in, ld, rows, begin, n);
+    case Type::f64: return store_as<double>(in, ld, rows, begin, n);
   }
 }
 
-// one NaN or Inf makes 0 * v a NaN, and NaN survives every sum
-template <class A>
-VQK_INLINE bool finite(const A* v, int64_t n) {
+// one NaN or Inf fails its comparison
+VQK_INLINE bool finite(const double* v, int64_t n) {
   int bad = 0;
-  for (int64_t k = 0; k < n; ++k) bad |= !(__builtin_fabs((double)v[k]) <= 0x1.fffffffffffffp+1023);
+  for (int64_t k = 0; k < n; ++k) bad |= !(__builtin_fabs(v[k]) <= 0x1.fffffffffffffp+1023);
+  return !bad;
+}
+VQK_INLINE bool finite(const float* v, int64_t n) {
+  int bad = 0;
+  for (int64_t k = 0; k < n; ++k) bad |= !(__builtin_fabsf(v[k]) <= 0x1.fffffep+127f);
   return !bad;
 }
 

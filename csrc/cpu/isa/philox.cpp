@@ -5,18 +5,23 @@
 namespace vqk {
 namespace {
 
-void row(uint64_t seed, uint64_t row, uint32_t stream, int64_t blocks, int64_t* words, float* normals) {
-  uint32_t w[4][kBlocks];
-  float n[kNoise];
-  for (int64_t first = 0; first < blocks; first += kBlocks) {
-    words16((uint32_t)first, row, stream, seed, w);
-    normals16(w, n);
-    const int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
-    for (int64_t b = 0; b < count; ++b)
-      for (int q = 0; q < 4; ++q) {
-        words[4 * (first + b) + q] = w[q][b];
-        normals[4 * (first + b) + q] = n[4 * b + q];
-      }
+void rows(uint64_t seed, uint64_t row, uint32_t stream, int64_t rows, int64_t blocks, int64_t* words,
+          float* normals) {
+  const Keys keys = keys_of(seed);
+  Counter at = counter(row, blocks);
+  float n[4 * kBlocks];
+  const int64_t count = rows * blocks;
+  for (int64_t first = 0; first < count; first += kBlocks, advance(at)) {
+    LaneWords w;
+    philox<1>(&at.block, &at.row, stream, keys, &w);
+    box_muller(w, n);
+    alignas(64) uint64_t some[4][kBlocks];
+    memcpy(some, &w, sizeof some);
+    for (int b = 0; b < kBlocks && first + b < count; ++b) {
+      const int lane = b < kBlocks / 2 ? 2 * b : 2 * b + 1 - kBlocks;
+      for (int q = 0; q < 4; ++q) words[4 * (first + b) + q] = (int64_t)(some[q][lane] & kWord);
+      memcpy(normals + 4 * (first + b), n + 4 * b, 4 * sizeof(float));
+    }
   }
 }
 
@@ -24,7 +29,7 @@ void row(uint64_t seed, uint64_t row, uint32_t stream, int64_t blocks, int64_t* 
 
 namespace VQK_ISA {
 extern const PhiloxKernels philox;
-const PhiloxKernels philox = {row};
+const PhiloxKernels philox = {rows};
 }  // namespace VQK_ISA
 
 }  // namespace vqk
