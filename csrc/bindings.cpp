@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(vqkernels, m) {
       "nearest_code(Tensor x, Tensor codebook, Tensor? dither, bool exact, Tensor[] parts) -> (Tensor, "
       "Tensor)");
   m.def("prepare_codes(Tensor codebook, ScalarType x_dtype) -> Tensor[]");
+  m.def("nearest_segment(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor)");
   m.def("directional(" VQK_DIRECTIONAL_ARGUMENTS ") -> Tensor");
   m.def("directional_backward(Tensor grad, " VQK_DIRECTIONAL_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor indices, SymInt num_codes) -> (Tensor, Tensor)");
@@ -23,6 +24,7 @@ STABLE_TORCH_LIBRARY(vqkernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
   m.impl("nearest_code", TORCH_BOX(&vqk::cpu::nearest_code));
   m.impl("prepare_codes", TORCH_BOX(&vqk::cpu::prepare_codes));
+  m.impl("nearest_segment", TORCH_BOX(&vqk::cpu::nearest_segment));
   m.impl("directional", TORCH_BOX(&vqk::cpu::directional));
   m.impl("directional_backward", TORCH_BOX(&vqk::cpu::directional_backward));
   m.impl("code_sums", TORCH_BOX(&vqk::cpu::code_sums));

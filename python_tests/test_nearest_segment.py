@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from conftest import DTYPES, INTERPRETED
+from test_native import ISAS, isa, run_python, threads
 
-from vqkernels import nearest_code, nearest_segment
+from vqkernels import native, nearest_code, nearest_segment
 from vqkernels.testing import DEVICE, LAYOUTS, brute_force_segment, clusters, strided
 
 
@@ -164,3 +165,162 @@ def test_empty_batch(backend, need):
     need("nearest_segment", torch.float32)
     x, codes = torch.zeros(0, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE)
     assert all(out.shape == (0,) for out in nearest_segment(x, codes, backend=backend))
+
+
+compiled = pytest.mark.skipif(native.MISSING is not None, reason=f"native: {native.MISSING}")
+
+
+def native_segments(x, codes):
+    return torch.ops.vqkernels.nearest_segment(x[None] if x.dim() == 2 else x, codes)
+
+
+def check_native(x, codes, what):
+    """The three outputs of the compiled body are the reference's, bit for bit but for the sign of 0."""
+    expected = nearest_segment(x, codes, backend="reference")
+    for name, got, exact in zip(expected._fields, native_segments(x, codes), expected, strict=True):
+        assert got.dtype == exact.dtype, (what, name)
+        torch.testing.assert_close(
+            got[0],
+            exact,
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{what}, {name}: {text}",
+        )
+
+
+def hard_lines(n, k, d):
+    """Names, rows and codes on which distances tie, cancel or vanish."""
+    x, codes = torch.randn(n, d), torch.randn(k, d)
+    few = codes[torch.randint(0, 9, (k,)) % k]
+    yield "random", x, codes
+    yield "lattice", torch.randint(-2, 3, (n, d)) / 2, torch.randint(-1, 2, (k, d)).float()
+    yield "few codes", x, few
+    yield "one code", x, codes[:1].expand(k, d)
+    yield "runs", few[torch.randint(0, k, (n,))] + 0.3 * x, codes.repeat_interleave(3, 0)[:k]
+    yield "twice", x, codes[: (k + 1) // 2].repeat(2, 1)[:k]
+    # beyond the codes, so that nodes are nearest, and exactly on them
+    yield "beyond the codes", 3 * codes, codes
+    yield "the codes", codes, codes
+    yield "nearly the codes", codes + 1e-4 * torch.randn(k, d), codes
+    yield "midpoints", (few[1:] + few[:-1]) / 2, few
+    yield "smooth", 0.1 * codes.cumsum(0) + 0.1 * torch.randn(k, d), 0.1 * codes.cumsum(0)
+    yield "offset", 100 + 0.1 * x, 100 + 0.1 * codes
+    yield "offset of x", 100 + 0.1 * x, codes
+    yield "one code far away", x, torch.cat((codes[1:], 1e4 * codes[:1]))
+    yield "small codes", x, codes / 1024
+    for scale in (1e-30, 6e4, 1e30):
+        yield f"{scale:g}", scale * x.clamp(-1, 1), scale * codes.clamp(-1, 1)
+    bad, holes = x.clone(), codes.clone()
+    bad[::7, -1], bad[n // 2, 0] = -torch.inf, torch.nan
+    holes[1::5, 0] = torch.nan
+    yield "rows that are not finite", bad, codes
+    yield "holes", bad, holes
+
+
+# the widths of the tiles are 6 and 12: both sides of their borders, and slots that name several tiles
+@compiled
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize(
+    "shape", [(37, 2, 1), (50, 12, 5), (70, 77, 9), (40, 300, 3), (60, 700, 20)], ids=str
+)
+def test_isas_equal_the_reference(shape, name):
+    with isa(name):
+        for what, x, codes in hard_lines(*shape):
+            check_native(x, codes, what)
+
+
+@compiled
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("codes_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_isas_mixed_dtypes(name, dtype, codes_dtype):
+    with isa(name):
+        for what, x, codes in hard_lines(40, 90, 7):
+            check_native(x.to(dtype), codes.to(codes_dtype), what)
+
+
+@compiled
+@pytest.mark.parametrize("name", ISAS)
+def test_isas_every_small_line(name):
+    with isa(name):
+        for k in range(2, 40):
+            x, codes = torch.randn(35, 3), torch.randn(k, 3)
+            check_native(torch.cat((x, 2 * codes)), codes, k)
+
+
+@compiled
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e-162, 1e-100, 1e-80, 1e80, 1e100, 1e154, 1e200])
+def test_isas_float64_range(name, scale):
+    """Squares underflow or overflow, or leave what a certificate in float32 can cover."""
+    x, codes = 2 * torch.randn(40, 6).double(), torch.randn(70, 6).double()
+    with isa(name):
+        check_native(scale * x, scale * codes, "both")
+        check_native(x, scale * codes, "codes")
+        check_native(scale * x, codes, "rows")
+        check_native(x, torch.cat((codes, codes[:1] * scale, codes)), "one code")
+
+
+@compiled
+@pytest.mark.parametrize("name", ISAS)
+def test_isas_many_rows(name):
+    """More rows than a block has, more codes than are packed at a time, and more features than are summed at a time."""
+    with isa(name):
+        x, codes = clusters(1500, 700, 70)
+        check_native(x.cpu(), codes.cpu(), "clusters")
+
+
+@compiled
+@pytest.mark.parametrize("name", ISAS)
+def test_isas_strides(name):
+    x, codes = torch.randn(3, 45, 20), torch.randn(70, 20)
+    with isa(name):
+        expected = native_segments(x, codes)
+        views = (x.transpose(1, 2).contiguous().transpose(1, 2), x.repeat_interleave(2, 2)[..., ::2])
+        tables = (codes, codes.t().contiguous().t(), codes.repeat_interleave(2, 0)[::2])
+        for view in views:
+            for table in tables:
+                assert all(
+                    torch.equal(a, b) for a, b in zip(native_segments(view, table), expected, strict=True)
+                )
+
+
+@compiled
+def test_threads_do_not_matter():
+    x, codes = torch.randn(2, 1500, 24), torch.randn(400, 24)
+    # some rows that contend everywhere and some that stay open
+    x[:, ::9] = 0
+    x[:, 5::90] = 1e30
+    codes[200:] = codes[:1]
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(native_segments(x, codes))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+MEASURE = """
+import torch, vqkernels as vq
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3
+
+x, codes = torch.randn(1 << 15, 4), torch.randn(1 << 14, 4)
+# what the first call loads is not the op's
+vq.nearest_segment(x[:64], codes, backend="native")
+before = peak()
+vq.nearest_segment(x, codes, backend="native")
+print(peak() - before)
+"""
+
+
+@compiled
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_memory():
+    """Megabytes beside inputs of less than one: rows by segments would be 2000 in float32."""
+    done = run_python(MEASURE)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 32

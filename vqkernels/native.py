@@ -47,6 +47,13 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
     return f"the extension has no body for {device.type}"
 
 
+def why_not_cpu_only(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the compiled bodies of an op that has none for CUDA cannot run on `device`, or None."""
+    if MISSING is None and device.type == "cuda":
+        return "the extension has no body of this op for cuda"
+    return why_not(device, dtypes)
+
+
 def prepare_codes(codebook: Tensor, x_dtype: torch.dtype) -> list[Tensor]:
     """What the compiled search of this device can do once for a codebook that stays: its argument `parts`."""
     return torch.ops.vqkernels.prepare_codes(codebook, x_dtype)

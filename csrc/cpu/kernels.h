@@ -49,6 +49,41 @@ struct Search {
   bool wide;         // sq_dist is float64, else float32
 };
 
+// the polyline through the codes as its search wants it; every array is owned by the caller
+struct Polyline {
+  int64_t count, features;  // K and D
+  const void* rows;         // (K, D) contiguous, the codes themselves
+  bool wide;                // rows are float64, else float32
+  const double* centre;     // (D padded to 8), taken from codes and rows alike
+  double scale;             // power of two, brings centred codes near 1
+  int exponent;             // log2 of scale
+  uint8_t* finite;          // (K)
+  int64_t first_usable;     // -1: no segment has two finite codes
+  double* length;           // (K - 1), |c_{s+1} - c_s|^2
+  float* packed;            // (tiles, D, nodes + 1): the codes of each tile's segments
+  float* bias;              // (tiles, nodes + 1), -|c|^2 / 2
+  float* bends;             // (tiles, 3, nodes): see isa/nearest_segment.cpp
+};
+
+// maxima that bound the error of a segment's score, in scaled units; a chunk of codes fills one
+struct PolylineSpread {
+  double largest;      // of |c_d - centre_d|, unscaled
+  double norm;         // of |c|
+  double residual;     // of |c - float32(c)|
+  double far;          // of |c| without its centring
+  double half_length;  // of |c_{s+1} - c_s|^2 / 2
+};
+
+struct SegmentSearch {
+  Rows x;
+  Polyline line;
+  PolylineSpread spread;
+  int64_t* segments;  // (N); -1 marks a row that the search leaves open
+  void* position;     // (N)
+  void* sq_dist;      // (N)
+  bool wide;          // position and sq_dist are float64, else float32
+};
+
 struct Directional {
   Rows x, z, grad;  // z is grad_x in the backward pass
   Rows codebook;    // batch 1
@@ -103,6 +138,19 @@ struct NearestCodeKernels {
   void (*rescore)(const Search& search, const int64_t* rows, int64_t count, void* scratch);
 };
 
+struct NearestSegmentKernels {
+  int nodes;  // segments of a tile
+  int rows;   // rows side by side
+  // exact codes begin..end of `codebook` to `out` (float32, or float64 if wide)
+  void (*copy)(const Rows& codebook, int64_t begin, int64_t end, bool wide, void* out);
+  void (*survey)(const Polyline& line, int64_t begin, int64_t end, PolylineSpread* spread);
+  void (*pack)(const Polyline& line, int64_t tile_begin, int64_t tile_end, PolylineSpread* spread);
+  size_t (*search_scratch)(int64_t features, int64_t rows);
+  void (*search)(const SegmentSearch& search, int64_t begin, int64_t end, void* scratch);
+  size_t (*rescore_scratch)(int64_t features, int64_t rows);
+  void (*rescore)(const SegmentSearch& search, const int64_t* rows, int64_t count, void* scratch);
+};
+
 struct DirectionalKernels {
   size_t (*scratch)(int64_t features);
   void (*forward)(const Directional& args, int64_t begin, int64_t end, void* scratch);
@@ -134,6 +182,7 @@ struct PhiloxKernels {
 struct Kernels {
   const char* name;
   const NearestCodeKernels* nearest_code;
+  const NearestSegmentKernels* nearest_segment;
   const DirectionalKernels* directional;
   const CodeSumsKernels* code_sums;
   const PhiloxKernels* philox;

@@ -12,6 +12,7 @@ std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor d
                                         std::vector<Tensor> parts);
 // what nearest_code takes as `parts`
 std::vector<Tensor> prepare_codes(Tensor codebook, ScalarType x_dtype);
+std::tuple<Tensor, Tensor, Tensor> nearest_segment(Tensor x, Tensor codebook);
 Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed,
                    int64_t direction, double noise_std, int64_t row_offset);
 std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor codebook, Tensor indices,

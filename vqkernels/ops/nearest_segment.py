@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqkernels import kernels
+from vqkernels import kernels, native
 from vqkernels.checks import check_pair
 from vqkernels.dispatch import Op
 from vqkernels.ops._layout import collapse
@@ -84,6 +84,7 @@ nearest_segment_op = Op(
     reference=_reference,
     fake=_fake,
 )
+nearest_segment_op.add_native(native.MISSING, why_not=native.why_not_cpu_only)
 nearest_segment_op.add("triton", kernels.lazy("nearest_segment"), why_not=kernels.why_not)
 
 
@@ -101,7 +102,7 @@ def nearest_segment(x: Tensor, codebook: Tensor, *, backend: str | None = None) 
     Args:
         x: (..., D) float16, bfloat16, float32 or float64, any strides.
         codebook: (K, D), any of these dtypes, same device, K >= 2.
-        backend: "triton" or "reference"; by default the fastest that accepts the inputs.
+        backend: "native", "triton" or "reference"; by default the fastest that accepts the inputs.
 
     Returns:
         segments: (...) int64 in [0, K - 1).

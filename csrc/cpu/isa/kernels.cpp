@@ -5,13 +5,15 @@ namespace vqk {
 namespace VQK_ISA {
 
 extern const NearestCodeKernels nearest_code;
+extern const NearestSegmentKernels nearest_segment;
 extern const DirectionalKernels directional;
 extern const CodeSumsKernels code_sums;
 extern const PhiloxKernels philox;
 
 #define VQK_NAME_OF(isa) #isa
 #define VQK_NAME(isa) VQK_NAME_OF(isa)
-const Kernels kernels = {VQK_NAME(VQK_ISA), &nearest_code, &directional, &code_sums, &philox};
+const Kernels kernels = {VQK_NAME(VQK_ISA), &nearest_code, &nearest_segment,
+                         &directional,      &code_sums,    &philox};
 
 }  // namespace VQK_ISA
 }  // namespace vqk

@@ -1,0 +1,116 @@
+// Rows that a certificate leaves open, in float64 against every segment: sixteen at a time, each lane in the
+// contract's order.
+#pragma once
+
+#include "polyline.h"
+
+namespace vqk {
+namespace {
+
+constexpr int kLanes = 16;
+// features between two looks at whether any lane can still win
+constexpr int64_t kStretch = 16;
+
+// segments side by side: first code, step to the second, second code
+struct Column {
+  d8 first[2], step[2], second[2];
+};
+
+// the nearest point so far in each lane, and of all
+struct Lanes {
+  d8 sq_dist, position;
+  i8 segment;
+  double least;
+};
+
+VQK_INLINE bool any_of(i8 truth) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)truth, (__m512i)truth) != 0;
+#else
+  return ((truth[0] | truth[4]) | (truth[2] | truth[6])) | ((truth[1] | truth[5]) | (truth[3] | truth[7]));
+#endif
+}
+
+template <class C>
+void transpose(const Polyline& line, int64_t begin, Column* columns, d8* length) {
+  const int64_t d = line.features;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t s = begin + lane;
+    const int half = lane / 8, q = lane % 8;
+    const bool exists = usable(line, s);
+    const C *const c = (const C*)line.rows + (exists ? s : 0) * d, *const next = c + d;
+    length[half][q] = exists ? line.length[s] : 0;
+    for (int64_t k = 0; k < d; ++k) {
+      // a NaN never compares as smaller
+      const double a = exists ? (double)c[k] : __builtin_nan(""), b = (double)next[k];
+      columns[k].first[half][q] = a;
+      columns[k].step[half][q] = b - a;
+      columns[k].second[half][q] = b;
+    }
+  }
+}
+
+VQK_INLINE d8 position_of(d8 along, d8 length) {
+  // written so that a NaN stays
+  d8 t = length > 0 ? along / length : d8{};
+  t = t <= 0 ? d8{} : t;
+  return t > 1 ? d8{} + 1.0 : t;
+}
+
+VQK_INLINE void keep(Lanes& lanes, d8 sq_dist, d8 position, int64_t begin) {
+  const i8 better = sq_dist < lanes.sq_dist;
+  if (!any_of(better)) return;
+  lanes.segment = better ? i8{0, 1, 2, 3, 4, 5, 6, 7} + begin : lanes.segment;
+  lanes.position = better ? position : lanes.position;
+  lanes.sq_dist = better ? sq_dist : lanes.sq_dist;
+  for (int q = 0; q < 8; ++q) lanes.least = sq_dist[q] < lanes.least ? sq_dist[q] : lanes.least;
+}
+
+// one row against sixteen segments
+void project(const double* x, const Column* columns, const d8* length, int64_t d, int64_t begin,
+             Lanes& lanes) {
+  d8 along0 = {}, along1 = {};
+  for (int64_t k = 0; k < d; ++k) {
+    const Column& c = columns[k];
+    along0 += (x[k] - c.first[0]) * c.step[0];
+    along1 += (x[k] - c.first[1]) * c.step[1];
+  }
+  const d8 t0 = position_of(along0, length[0]), t1 = position_of(along1, length[1]);
+  const i8 end0 = t0 == 1, end1 = t1 == 1;
+  d8 total0 = {}, total1 = {};
+  for (int64_t k = 0; k < d;) {
+    for (const int64_t stop = smaller(d, k + kStretch); k < stop; ++k) {
+      const Column& c = columns[k];
+      const d8 e0 = x[k] - (end0 ? c.second[0] : c.first[0] + t0 * c.step[0]);
+      const d8 e1 = x[k] - (end1 ? c.second[1] : c.first[1] + t1 * c.step[1]);
+      total0 += e0 * e0;
+      total1 += e1 * e1;
+    }
+    // sums of squares only grow, and a later segment loses a tie
+    if (!any_of((total0 < lanes.least) | (total1 < lanes.least))) return;
+  }
+  keep(lanes, total0, t0, begin);
+  keep(lanes, total1, t1, begin + 8);
+}
+
+// the nearest points of rows (count, d)
+template <class C>
+void project_all(const Polyline& line, const double* x, int64_t count, Column* columns, Lanes* lanes) {
+  const int64_t d = line.features;
+  for (int64_t r = 0; r < count; ++r)
+    lanes[r] = {d8{} + __builtin_inf(), d8{}, i8{} + INT64_MAX, __builtin_inf()};
+  for (int64_t begin = 0; begin + 1 < line.count; begin += kLanes) {
+    d8 length[2];
+    transpose<C>(line, begin, columns, length);
+    for (int64_t r = 0; r < count; ++r) project(x + r * d, columns, length, d, begin, lanes[r]);
+  }
+}
+
+VQK_INLINE Nearest nearest_of(const Lanes& lanes) {
+  Nearest best = {__builtin_inf(), 0, INT64_MAX};
+  for (int q = 0; q < 8; ++q) improve(best, lanes.sq_dist[q], lanes.position[q], lanes.segment[q]);
+  return best;
+}
+
+}  // namespace
+}  // namespace vqk
