@@ -1,9 +1,10 @@
-# make demo      train two small VQ-VAEs on photographs, draw and tabulate what they learned
-# make test      all tests of a machine without a GPU
-# make check     format, lint, types, then the tests
-# make sanitize  the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer, in builds of their own
-# make bench     time the ops beside their peers
-# make gpu       on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
+# make demo        train two small VQ-VAEs on photographs, draw and tabulate what they learned
+# make test        all tests of a machine without a GPU
+# make check       format, lint, types, then the tests
+# make sanitize    the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer, in builds of their own
+# make bench       time the ops beside their peers; writes bench/results, the figures of docs and the tables of README.md
+# make bench-micro time every compiled op alone
+# make gpu         on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ FORMATTED := vqkernels python_tests bench setup.py
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py)
 
-.PHONY: demo test check check-all sanitize bench gpu lint format native clean
+.PHONY: demo test check check-all sanitize bench bench-micro gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -34,7 +35,14 @@ sanitize: $(VENV)/test
 	$(PY) python_tests/sanitize.py
 
 bench: $(VENV)/bench
-	$(PY) bench/run.py
+	$(PY) bench/run.py --isas avx2 --fresh
+	$(PY) bench/curves.py
+	$(PY) bench/figures.py
+	$(PY) bench/readme.py README.md
+
+bench-micro: $(VENV)/bench
+	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
+		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=func --benchmark-sort=fullname
 
 gpu:
 	$(PYTHON) bench/gpu.py

@@ -10,15 +10,19 @@ import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import Floors
 
 from vqkernels import native
 
-Record = dict[str, object]
+# what json gives back
+Record = dict[str, Any]
 Shape = tuple[int, int, int]
 
+# case of lines that sum up a run
+SUMMARY = "summary"
 # what makes two measurements the same measurement
 KEY = ("case", "shape", "dtype", "name")
 
@@ -30,6 +34,7 @@ def facts(device: torch.device) -> Record:
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "machine": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "isa": native.facts().get("isa"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -42,6 +47,12 @@ def facts(device: torch.device) -> Record:
     }
 
 
+def _cpu() -> str | None:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    return next((text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")), None)
+
+
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
@@ -49,8 +60,39 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def tera(rate: float | None) -> float | None:
+    """A rate in units of 10^12 per second."""
+    return None if rate is None else round(rate / 1e12, 4)
+
+
+def floor_fields(floors: Floors) -> Record:
+    """What the device can do at most, as fields of a record."""
+    fields: Record = {
+        "launch_floor_ms": floors.launch_ms,
+        "replay_floor_ms": floors.replay_ms,
+        "tensor_floor_tflops": tera(floors.flops),
+        "hbm_tbs": tera(floors.bandwidth),
+    }
+    return fields | (
+        {"peaks_tflops": {k: tera(rate) for k, rate in floors.kinds.items()}} if floors.kinds else {}
+    )
+
+
+def floors_line(floors: Floors, facts: Record) -> str:
+    """What the device can do at most, for people."""
+    words = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}: "
+    words += f"{tera(floors.flops):.3g} TFLOP/s, {tera(floors.bandwidth):.2g} TB/s"
+    if floors.kinds:
+        words += (
+            " (" + ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in floors.kinds.items()) + ")"
+        )
+    if floors.launch_ms is not None and floors.replay_ms is not None:
+        words += f", a launch {1e3 * floors.launch_ms:.1f} us, in a graph {1e3 * floors.replay_ms:.1f} us"
+    return words
+
+
 def bounds_ms(case: str, shape: Shape, itemsize: int, floors: Floors) -> tuple[float | None, float | None]:
-    """Least milliseconds by tensor cores (2NKD operations) and by memory (everything moved once)."""
+    """Least milliseconds by dot products (2NKD operations) and by memory (everything moved once)."""
     n, k, d = shape
     rows = 1 if case == "search" else 5
     moved = itemsize * (rows * n * d + (1 if case == "search" else 2) * k * d) + 12 * n
@@ -97,11 +139,13 @@ def measurement(
 def line(record: Record) -> str:
     """One measurement for people."""
     words = [
-        f"  {record['name']!s:32s} {record['ms_p50']:10.3f} ms  ({record['ms_min']:.3f} to {record['ms_max']:.3f})"
-        f"  {record['over_ours']:7.2f}x"
+        f"  {record['name']!s:36s} {record['ms_p50']:10.3f} ms  ({record['ms_min']:.3f} to {record['ms_max']:.3f})"
+        f" {record['rounds']:3d} rounds {record['over_ours']:7.2f}x"
     ]
     if record.get("tensor_share") is not None:
-        words.append(f"{record['tflops']:6.1f} TFLOP/s {record['tensor_share']:6.1%}")
+        rate = float(record["tflops"])
+        shown = f"{rate:6.1f} TFLOP/s" if rate >= 10 else f"{1e3 * rate:6.0f} GFLOP/s"
+        words.append(f"{shown} {record['tensor_share']:6.1%}")
     if record.get("graph_ms") is not None:
         words.append(f"graph {record['graph_ms']:.4f} ms")
     if record.get("extra_mb") is not None:
@@ -140,6 +184,8 @@ def read(path: Path) -> tuple[list[Record], int]:
 def _is_record(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("case"), str):
         return False
+    if value["case"] == SUMMARY:
+        return isinstance(value.get("name"), str) and isinstance(value.get("ratios"), dict)
     shape, name = value.get("shape"), value.get("name")
     shaped = isinstance(shape, list) and len(shape) == 3 and all(isinstance(size, int) for size in shape)
     if not shaped or not isinstance(name, str):
@@ -171,11 +217,11 @@ def table(records: Iterable[Record]) -> str:
     lines: list[str] = []
     for (case, dtype), rows in by_case.items():
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
-        short = [_short(name) for name in names]
+        heads = [short(name) for name in names]
         cells = [[_cell(row.get(name)) for name in names] for row in rows.values()]
-        widths = [max(len(s), *(len(row[i]) for row in cells)) for i, s in enumerate(short)]
+        widths = [max(len(s), *(len(row[i]) for row in cells)) for i, s in enumerate(heads)]
         lines.append(f"{case} {dtype}, ms (share of the tensor floor)")
-        lines.append(f"{'N,K,D':20s}" + " ".join(f"{s:>{w}}" for s, w in zip(short, widths, strict=True)))
+        lines.append(f"{'N,K,D':20s}" + " ".join(f"{s:>{w}}" for s, w in zip(heads, widths, strict=True)))
         for shape, row in zip(rows, cells, strict=True):
             told = " ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
             lines.append(f"{','.join(map(str, shape)):20s}{told}")
@@ -189,20 +235,26 @@ def table(records: Iterable[Record]) -> str:
 _WORDS = {
     "vqkernels ": "",
     "torch.cdist + argmin": "cdist",
+    "chunked addmm + argmin, bfloat16": "addmm-bf16",
     "chunked addmm + argmin": "addmm",
     "compiled addmm + argmin": "compiled",
+    "faiss-cpu IndexFlatL2": "faiss",
+    "scikit-learn": "sklearn",
     "flash-kmeans, norms given": "flash-",
     "flash-kmeans": "flash",
     "vector-quantize-pytorch (EMA)": "vqp",
+    "vector-quantize-pytorch (directional)": "vqp-dir",
     "plain PyTorch DiVeQ": "plain",
     "compiled PyTorch DiVeQ": "compiled",
     "diveq DIVEQ": "diveq 0.1",
+    "diveq SFDIVEQ": "diveq 0.1 SF",
 }
 
 
-def _short(name: str) -> str:
-    for long, short in _WORDS.items():
-        name = name.replace(long, short)
+def short(name: str) -> str:
+    """A contender's name for the head of a column."""
+    for long, words in _WORDS.items():
+        name = name.replace(long, words)
     return name
 
 

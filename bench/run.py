@@ -1,6 +1,6 @@
 """Time our ops beside their peers, in one process, interleaved, and only after their results were checked.
 
-    python bench/run.py [--device cpu|cuda] [--dtypes bfloat16 ...] [--shapes N,K,D ...] [--out FILE.jsonl]
+    python bench/run.py [--device cpu|cuda] [--dtypes bfloat16 ...] [--shapes N,K,D ...] [--isas avx2 ...] [--out FILE.jsonl]
 
 Prints a line per measurement and appends it to a file as JSON. Every speed is a ratio to a peer measured in the same
 run. A contender that fails or is wrong is reported and not timed; where it is ours, the exit status is 1.
@@ -14,45 +14,59 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
-from pathlib import Path
+from typing import Any
 
+import counting
+import memory
+import options as command_line
 import records
+import summary
 import torch
-from oracle import Oracle, differing
-from peers import OURS, Contender, Layer, layers, missing, searches, step, versions
-from timing import CAPTURED, Clock, Failure, Floors, attempt, clock_of, interleaved
+from layers import layers
+from options import Shape, parse
+from oracle import Oracle
+from peers import OURS, Contender, bind, missing, versions
+from searches import searches
+from timing import CAPTURED, Clock, Failure, Floors, attempt, clock_of, interleaved, spread_out
 from torch import Tensor
 
-import vqkernels as vq
+from vqkernels import native
 
-Shape = tuple[int, int, int]
-
-ON_CPU = [(65536, 1024, 64), (16384, 8192, 256), (65536, 512, 8)]
-# VQ-VAE, VQGAN twice, an ImageNet tokenizer, a million rows, a small batch, projected codes; the last for the curve
-ON_CUDA = [
-    (65536, 1024, 64),
-    (65536, 8192, 256),
-    (1048576, 1024, 512),
-    (131072, 65536, 32),
-    (32768, 16384, 256),
-    (2048, 16384, 256),
-    (65536, 512, 8),
-]
-SEARCHED_ONLY = [(16384, 1048576, 64)]
-# a search that does not promise the float64 argmin must find it for most rows to be one
-PLAUSIBLE = 0.5
 # sets of inputs that calls go through in turn
 SETS = 4
 # medians below this are also measured as replays of a graph, milliseconds
 SHORT = 1.0
-# seconds of a single call of a peer that leave no time to measure it, where they are much of the case's
+# seconds of a single call of a peer that leave no time to measure it, where they are much of the case's; on a CPU,
+# where there is no such share, seconds from which on one round must do
 SLOW = 2.0
-# rows of the count of disagreements, and the codes they meet
-COUNTED, COUNTED_AT = 10_000_000, (1024, 64)
-# what that may take of each dtype's time
-COUNT_SECONDS = 12.0
+# from so many on, the call that was checked is the measurement
+LONG = 10.0
+# rounds on a CPU, and the part of the rows that tells what a call of all will take
+FEWEST, MOST, TRIED = 3, 25, 32
+# processes that want to run, per thread of ours, from which on a word is due
+BUSY = 0.5
+
+Call = Callable[[Tensor], object]
+
+
+@dataclass
+class Checked:
+    """A contender that found what it promised.
+
+    Attributes:
+        contender: who.
+        run: what is called with x.
+        seconds: of the call that was checked.
+        facts: what is recorded of it beside times.
+    """
+
+    contender: Contender
+    run: Call
+    seconds: float
+    facts: records.Record = field(default_factory=dict)
 
 
 class Bench:
@@ -67,6 +81,10 @@ class Bench:
         self.failures: list[str] = []
         self.skipped: list[str] = []
         self.floors = Floors()
+        self.isa_floors: dict[str, Floors] = {}
+        self.measured: list[records.Record] = []
+        # of every record that follows
+        self.tags: records.Record = {}
         self.number = 0
         for name in self.options.avoid:
             self.failures.append(f"FAILED {name}: the device was lost, and it was left out from then on")
@@ -80,45 +98,61 @@ class Bench:
         options = self.options
         for name in missing(self.device):
             print(f"{name} is not installed: skipped")
-        cases = [(case, dtype, shape) for dtype in options.dtypes for case, shape in self.shapes()]
-        counting = self.device.type == "cuda" and "agreement" in options.cases
-        kept = COUNT_SECONDS * len(options.dtypes) if counting else 0.0
+        for isa in options.unsupported:
+            print(f"{isa} is no instruction set that was built and that this CPU has: skipped")
+        self.tell_load()
+        # one that goes on after another keeps what that one wrote
+        if options.fresh and not options.avoid:
+            options.out.unlink(missing_ok=True)
+        planned = command_line.cases(options)
+        cases = [(case, dtype, shape) for dtype in options.dtypes for case, shape in planned]
+        counts = self.device.type == "cuda" and "agreement" in options.cases
+        kept = counting.SECONDS * len(options.dtypes) if counts else 0.0
         for number, (case, dtype, shape) in enumerate(cases):
             self.number = number
-            self.floors = self.clock.floors(dtype) if number == options.first else self.floors
-            if number == options.first and self.floors.flops is not None:
-                self.tell_floors()
             if number < options.first:
                 continue
+            if number == options.first or self.device.type == "cpu":
+                self.measure_floors(dtype)
             if self.left() <= kept:
                 self.skip(f"{case} {dtype} {shape}", "no time left")
                 continue
             self.case(case, dtype, shape, (self.left() - kept) / (len(cases) - number))
-        if counting:
+        if counts:
             for dtype in options.dtypes:
-                self.count(dtype)
+                counting.count(self, dtype)
+        summaries = summary.summaries(self.measured, self.facts)
+        records.append(options.out, summaries)
+        for each in summaries:
+            print(summary.line(each))
         for words in self.failures:
             print(words)
         print(f"{len(self.skipped)} skipped, {len(self.failures)} failed; wrote to {options.out}")
         return 1 if any(words.startswith(f"FAILED {OURS}") for words in self.failures) else 0
 
-    def shapes(self) -> list[tuple[str, Shape]]:
-        """Cases in the order they are measured."""
-        given = self.options.shapes or (ON_CUDA if self.device.type == "cuda" else ON_CPU)
-        found = [
-            (case, shape) for shape in given for case in ("search", "layer") if case in self.options.cases
-        ]
-        if not self.options.shapes and self.device.type == "cuda" and "search" in self.options.cases:
-            found += [("search", shape) for shape in SEARCHED_ONLY]
-        return found
+    def tell_load(self) -> None:
+        """A warning where others compute on the same cores."""
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        self.facts["load"] = round(load, 2)
+        if self.device.type == "cpu" and load > BUSY * torch.get_num_threads():
+            print(
+                f"other processes are busy here (load {load:.1f}): times will be too long, and ratios may be off"
+            )
 
-    def tell_floors(self) -> None:
-        floors = self.floors
-        print(
-            f"{self.facts['device']}, torch {self.facts['torch']}, triton {self.facts['triton']}: "
-            f"{floors.flops / 1e12:.0f} TFLOP/s, {floors.bandwidth / 1e12:.2f} TB/s, "
-            f"a launch {1e3 * floors.launch_ms:.1f} us, in a graph {1e3 * floors.replay_ms:.1f} us"
-        )
+    def measure_floors(self, dtype: torch.dtype) -> None:
+        """What the device can do at most, and what the instruction sets can that ours are forced to.
+
+        On a CPU it is measured anew for every case, and the best counts: others may use it at the same time.
+        """
+        first = self.floors.flops is None
+        self.floors = self.floors.best(self.clock.floors(dtype))
+        before = native.facts().get("isa")
+        for isa in self.options.isas:
+            native.set_isa(isa)
+            self.isa_floors[isa] = self.isa_floors.get(isa, Floors()).best(self.clock.floors(dtype))
+            native.set_isa(str(before))
+        if first and self.floors.flops is not None:
+            print(records.floors_line(self.floors, self.facts))
 
     def skip(self, name: str, reason: str) -> None:
         self.skipped.append(f"skipped {name}: {reason}")
@@ -161,33 +195,36 @@ class Bench:
         codes = torch.randn(k, d, device=self.device).to(dtype)
         grad = torch.randn(n, d, device=self.device).to(dtype)
         oracle = Oracle(inputs[0], codes)
-        good: dict[str, tuple[Contender, Search]] = {}
-        extra: dict[str, records.Record] = {}
+        good: dict[str, Checked] = {}
         for contender in self.contenders(case, dtype):
             reason = self.why_not(contender, shape, share - (time.perf_counter() - began))
             if reason is not None:
                 self.skip(contender.name, f"{where}: {reason}")
                 continue
-            found = attempt(lambda contender=contender: self.bind(case, contender, codes, inputs, grad))
-            took = 0.0
-            if not isinstance(found, Failure):
-                extra[contender.name] = {}
-                checking = time.perf_counter()
-                checked = attempt(partial(self.check, case, contender, found, inputs[0], oracle, extra))
-                took = time.perf_counter() - checking
-                found = checked if isinstance(checked, Failure) else found
-            if isinstance(found, Failure):
-                self.fail(contender, where, found.reason)
-            elif took > max(SLOW, share / 5) and not (contender.ours or contender.compiles):
-                self.skip(contender.name, f"{where}: one call took {took:.1f} s, the case has {share:.0f} s")
+            run = attempt(partial(bind, contender, codes, inputs, grad))
+            if not isinstance(run, Failure):
+                reason = self.too_slow(contender, run, inputs[0])
+                if reason is not None:
+                    self.skip(contender.name, f"{where}: {reason}")
+                    continue
+                run = attempt(partial(self.check, case, contender, run, inputs[0], oracle))
+            if isinstance(run, Failure):
+                self.fail(contender, where, run.reason)
+            elif run.seconds > max(SLOW, share / 5) and not (contender.ours or contender.compiles):
+                self.skip(
+                    contender.name, f"{where}: one call took {run.seconds:.1f} s, the case has {share:.0f} s"
+                )
             else:
-                good[contender.name] = (contender, found)
-        self.time(case, dtype, shape, good, inputs, extra, share - (time.perf_counter() - began))
+                good[contender.name] = run
+        self.time(case, dtype, shape, good, inputs, share - (time.perf_counter() - began))
 
     def contenders(self, case: str, dtype: torch.dtype) -> list[Contender]:
-        table = searches if case == "search" else layers
-        found = [each for each in table(self.device, dtype) if self.options.only in each.name]
-        return [each for each in found if not each.name.startswith(tuple(self.options.avoid))]
+        """Whom the command line leaves of all that can be measured here."""
+        options = self.options
+        table = (searches if case == "search" else layers)(self.device, dtype, options.isas)
+        found = [each for each in table if any(part in each.name for part in options.only)]
+        found = [each for each in found if options.names is None or each.name in options.names]
+        return [each for each in found if not each.name.startswith(tuple(options.avoid))]
 
     def why_not(self, contender: Contender, shape: Shape, left: float) -> str | None:
         """Why a contender is not even tried, or None."""
@@ -199,58 +236,76 @@ class Bench:
             return "no time to compile"
         return None if contender.ours or left > 0 else "no time left"
 
-    def bind(
-        self, case: str, contender: Contender, codes: Tensor, inputs: Sequence[Tensor], grad: Tensor
-    ) -> Search:
-        """What is called with x."""
-        made = contender.make(codes, inputs)
-        return (lambda x: step(made, x, grad)) if isinstance(made, Layer) else made
+    def too_slow(self, contender: Contender, run: Call, x: Tensor) -> str | None:
+        """On a CPU, why a peer is not asked for all rows, from what some of them took; or None."""
+        some = x[: len(x) // TRIED]
+        if self.device.type == "cuda" or not len(some):
+            return None
+        # the first call loads, compiles or starts threads; what it raises, the check will tell
+        failed = isinstance(attempt(lambda: run(some)), Failure)
+        # ours must be measured, but for the reference
+        if failed or (contender.ours and "reference" not in contender.name):
+            return None
+        took = attempt(lambda: self.clock.time(lambda: run(some)))
+        seconds = 0.0 if isinstance(took, Failure) else took * TRIED / 1e3
+        if seconds <= self.options.cutoff:
+            return None
+        return f"a call would take about {seconds:.0f} s, more than {self.options.cutoff:.0f} s"
 
     def check(
-        self, case: str, contender: Contender, run: Search, x: Tensor, oracle: Oracle, extra: dict
-    ) -> None:
+        self, case: str, contender: Contender, run: Callable[[Tensor], Any], x: Tensor, oracle: Oracle
+    ) -> Checked:
         """Run once, compare with float64; raises where the result is not what was promised."""
+        began = time.perf_counter()
+        result = run(x)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        checked = Checked(contender, run, time.perf_counter() - began)
         if case == "search":
-            share = oracle.agreement(run(x))
-            extra[contender.name]["agreement"] = share
-            least = 1.0 if contender.exact else PLAUSIBLE
-            if share < least:
-                raise ValueError(f"equals float64 on {share:.4%} of the checked rows")
-        else:
-            z, *grads = run(x)
-            if z.shape != x.shape or not all(t.isfinite().all() for t in (z, *grads)):
-                raise ValueError("output or gradient of another shape, or not finite")
-            # the points of a dithered curve are another matter, for the tests
-            if contender.ours and not contender.name.endswith("sf_diveq"):
-                oracle.check_step(z)
+            share, rows = oracle.check_search(result, contender.exact)
+            checked.facts |= {"agreement": share, "agreement_rows": rows}
+            return checked
+        z, *grads = result
+        if z.shape != x.shape or not all(t.isfinite().all() for t in (z, *grads)):
+            raise ValueError("output or gradient of another shape, or not finite")
+        # the points of a dithered curve are another matter, for the tests
+        if contender.ours and not contender.name.endswith("sf_diveq"):
+            oracle.check_step(z)
+        return checked
 
     def time(
         self,
         case: str,
         dtype: torch.dtype,
         shape: Shape,
-        good: dict[str, tuple[Contender, Search]],
+        good: dict[str, Checked],
         inputs: Sequence[Tensor],
-        extra: dict[str, records.Record],
         seconds: float,
     ) -> None:
+        """Time the contenders, and record what was seen of each."""
         where = f"{case} {shape} {dtype}"
         # inputs rotate: a call does not find what the call before it read
-        runs = {name: turning(run, inputs) for name, (_, run) in good.items()}
-        rounds = self.options.rounds
-        if rounds is not None and case == "layer":
-            rounds = max(3, rounds // 2)
-        times, failed = interleaved(self.clock, runs, rounds=rounds, seconds=0.7 * max(seconds, 0))
+        runs = {name: turning(each.run, inputs) for name, each in good.items()}
+        if self.device.type == "cuda":
+            rounds = self.options.rounds
+            rounds = max(3, rounds // 2) if rounds is not None and case == "layer" else rounds
+            times, failed = interleaved(self.clock, runs, rounds=rounds, seconds=0.7 * max(seconds, 0))
+        else:
+            times, failed = spread_out(self.clock, runs, {name: self.rounds(good[name]) for name in good})
         for name, reason in failed.items():
-            self.fail(good[name][0], where, reason)
+            self.fail(good[name].contender, where, reason)
+        for name, values in times.items():
+            values += [] if values else [1e3 * good[name].seconds]
         medians = {name: statistics.median(values) for name, values in times.items()}
         ours = [
-            medians[name] for name in times if good[name][0].ours and (case == "layer" or good[name][0].exact)
+            medians[name]
+            for name, each in ((name, good[name].contender) for name in times)
+            if each.ours and each.isa is None and (case == "layer" or each.exact)
         ]
         over = min(ours or medians.values(), default=1.0)
+        self.measure_memory(case, dtype, shape, [good[name] for name in times], inputs)
         for name, values in times.items():
-            contender, run = good[name]
-            extra[name] |= self.beside(contender, run, inputs, medians[name], where)
+            facts = good[name].facts | self.beside(good[name], inputs, medians[name], where)
             found = records.measurement(
                 case,
                 shape,
@@ -259,30 +314,55 @@ class Bench:
                 values,
                 floors=self.floors,
                 over=over,
-                extra=extra[name] | self.facts,
+                extra=facts | self.tags | self.facts,
             )
+            self.measured.append(found)
             records.append(self.options.out, [found])
             print(records.line(found), flush=True)
 
-    def beside(
-        self, contender: Contender, run: Search, inputs: Sequence[Tensor], median: float, where: str
-    ) -> records.Record:
-        """Peak memory, and for short calls the time of graph replays beside the launch floor."""
-        found: records.Record = {
-            "launch_floor_ms": self.floors.launch_ms,
-            "replay_floor_ms": self.floors.replay_ms,
-            "tensor_floor_tflops": None if self.floors.flops is None else round(self.floors.flops / 1e12, 1),
-            "hbm_tbs": None if self.floors.bandwidth is None else round(self.floors.bandwidth / 1e12, 3),
-        }
-        extra = attempt(lambda: self.clock.extra_bytes(lambda: run(inputs[0])))
-        if isinstance(extra, Failure):
-            self.fail(contender, where, f"memory: {extra.reason}")
-        elif extra is not None:
-            found["extra_mb"] = round(extra / 1e6, 3)
-            # N D itemsize bytes are one
-            found["extra_latents"] = round(extra / inputs[0].nbytes, 3)
+    def rounds(self, checked: Checked) -> int:
+        """Rounds of a contender on a CPU: what fits into its time, one or none more for whom a call is long."""
+        if checked.seconds > LONG and self.options.rounds is None:
+            return 0
+        # a ratio that a run is judged by is never that of a single call
+        held = checked.contender.name in summary.SEARCHES or checked.contender.exact
+        if checked.seconds > SLOW and not held:
+            return 1 if self.options.rounds is None else min(self.options.rounds, 2)
+        if self.options.rounds is not None:
+            return self.options.rounds
+        return int(min(MOST, max(FEWEST, self.options.each / checked.seconds)))
+
+    def measure_memory(
+        self, case: str, dtype: torch.dtype, shape: Shape, good: Sequence[Checked], inputs: Sequence[Tensor]
+    ) -> None:
+        """Peak memory of every contender, of one more call; where the clock cannot tell, by another process."""
+        where = f"{case} {shape} {dtype}"
+        if self.options.no_memory:
+            return
+        found = {each.contender.name: attempt(partial(self.peak, each, inputs[0])) for each in good}
+        untold = [name for name, extra in found.items() if extra is None]
+        if untold and self.device.type == "cpu" and memory.supported():
+            found |= memory.extra_bytes(case, shape, dtype, untold, self.options.isas)
+        for each in good:
+            extra = found[each.contender.name]
+            if isinstance(extra, Failure):
+                self.fail(each.contender, where, f"memory: {extra.reason}")
+            elif extra is not None:
+                each.facts["extra_mb"] = round(extra / 1e6, 3)
+                # N D itemsize bytes are one
+                each.facts["extra_latents"] = round(extra / inputs[0].nbytes, 3)
+
+    def peak(self, each: Checked, x: Tensor) -> int | None:
+        return self.clock.extra_bytes(lambda: each.run(x))
+
+    def beside(self, checked: Checked, inputs: Sequence[Tensor], median: float, where: str) -> records.Record:
+        """What the device can do at most, and for short calls the time of graph replays."""
+        found = records.floor_fields(self.floors)
+        contender = checked.contender
+        if contender.isa is not None:
+            found["isa_floor_tflops"] = records.tera(self.isa_floors[contender.isa].flops)
         if contender.captured and median < SHORT:
-            called = turning(run, inputs)
+            called = turning(checked.run, inputs)
             replayed = attempt(lambda: self.clock.replayed([called] * CAPTURED, 15))
             if isinstance(replayed, Failure):
                 self.fail(contender, where, f"graph: {replayed.reason}")
@@ -290,75 +370,11 @@ class Bench:
                 found["graph_ms"] = round(replayed, 5)
         return found
 
-    def count(self, dtype: torch.dtype) -> None:
-        """Rows on which our exact searches differ from the float64 reference, of many."""
-        k, d = COUNTED_AT
-        codes = torch.randn(k, d, device=self.device).to(dtype)
-        counted = [each for each in self.contenders("search", dtype) if each.ours and each.exact]
-        wrong = dict.fromkeys((each.name for each in counted), 0)
-        rows, where = 0, f"agreement {str(dtype).removeprefix('torch.')}"
-        while rows < COUNTED and self.left() > 0 and wrong:
-            x = torch.randn(1 << 20, d, device=self.device).to(dtype)
-            expected = vq.nearest_code(x, codes, backend="reference").indices
-            for contender in counted:
-                if contender.name in wrong:
-                    found = attempt(partial(differing, contender, x, codes, expected))
-                    if isinstance(found, Failure):
-                        del wrong[contender.name]
-                        self.fail(contender, where, found.reason)
-                    else:
-                        wrong[contender.name] += found
-            rows += len(x)
-        for contender in counted:
-            number = wrong.get(contender.name)
-            if number is None:
-                continue
-            if not rows:
-                self.skip(contender.name, f"{where}: no time left")
-                continue
-            print(f"{where}: {contender.name} differs from float64 on {number} of {rows} rows")
-            record = {"case": "agreement", "shape": [rows, k, d], "dtype": str(dtype).removeprefix("torch.")}
-            record |= {"name": contender.name, "rows_wrong": number, **self.facts}
-            records.append(self.options.out, [record])
-            if number:
-                self.fail(contender, where, f"{number} of {rows} rows differ from float64")
 
-
-Search = Callable[[Tensor], object]
-
-
-def turning(run: Search, inputs: Sequence[Tensor]) -> Callable[[], object]:
+def turning(run: Call, inputs: Sequence[Tensor]) -> Callable[[], object]:
     """Calls of `run` with one input after the other."""
     turn = cycle(inputs)
     return lambda: run(next(turn))
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    sizes = lambda text: tuple(map(int, text.split(",")))  # noqa: E731
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="bfloat16 on cuda, float32 on the cpu")
-    parser.add_argument("--shapes", nargs="+", type=sizes)
-    cases = ("search", "layer", "agreement")
-    parser.add_argument("--cases", nargs="+", choices=cases, default=cases)
-    parser.add_argument("--only", default="", help="contenders whose name contains this")
-    parser.add_argument("--avoid", nargs="+", default=[], help="contenders whose name begins like this")
-    parser.add_argument("--first", type=int, default=0, help="case to begin with")
-    parser.add_argument("--rounds", type=int, help="7 on the cpu; on cuda as many as the time allows")
-    parser.add_argument("--budget", type=float, help="seconds; 240 on cuda, no limit on the cpu")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave out what torch.compile would take long for"
-    )
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
-    cuda = options.device == "cuda"
-    options.dtypes = [dtypes[name] for name in options.dtypes or [("bfloat16" if cuda else "float32")]]
-    options.budget = options.budget or (240.0 if cuda else float("inf"))
-    options.rounds = options.rounds or (None if cuda else 7)
-    options.out = options.out or Path(__file__).parent / "results" / f"{options.device}.jsonl"
-    return options
 
 
 def main() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from vqkernels import native
 
 # rounds of a case whose number follows from the time it may take
 FEWEST, MOST = 5, 60
@@ -16,6 +20,10 @@ FEWEST, MOST = 5, 60
 CAPTURED = 10
 # of the product and of the copy that tell what the device can do
 _SIDE, _COPIED = 8192, 1 << 30
+# the same on a host, and the seconds that each kind of dot product gets
+_HOST_SIDE, _HOST_COPIED, _HOST_SECONDS = 2048, 1 << 28, 0.3
+# seconds before a call is timed on the host: threads of other libraries spin for a while after their last task
+_SETTLED = 0.005
 
 
 @dataclass(frozen=True)
@@ -23,16 +31,33 @@ class Floors:
     """What the device can do at most, measured in the same process; None where nobody knows.
 
     Attributes:
-        flops: operations per second of a large half-precision matrix product.
+        flops: operations per second of a large half-precision matrix product; on a CPU of the fastest dot product.
         bandwidth: bytes per second of a large copy, reads plus writes.
         launch_ms: a kernel of one element, between two events.
         replay_ms: the same kernel as one of many nodes of a replayed graph.
+        kinds: on a CPU, operations per second of dot products by the kind of their factors.
     """
 
     flops: float | None = None
     bandwidth: float | None = None
     launch_ms: float | None = None
     replay_ms: float | None = None
+    kinds: Mapping[str, float] = field(default_factory=dict)
+
+    def best(self, other: Floors) -> Floors:
+        """The higher rates of two measurements, and the later of what is not a rate."""
+        kinds = {kind: max(rate, self.kinds.get(kind, 0.0)) for kind, rate in other.kinds.items()}
+        return Floors(
+            _higher(self.flops, other.flops),
+            _higher(self.bandwidth, other.bandwidth),
+            other.launch_ms,
+            other.replay_ms,
+            kinds,
+        )
+
+
+def _higher(*rates: float | None) -> float | None:
+    return max((rate for rate in rates if rate is not None), default=None)
 
 
 class HostClock:
@@ -40,12 +65,13 @@ class HostClock:
 
     def time(self, run: Callable[[], object]) -> float:
         """Milliseconds of one call."""
+        time.sleep(_SETTLED)
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
 
     def extra_bytes(self, run: Callable[[], object]) -> int | None:
-        """Peak memory above inputs and outputs; unknown on the host."""
+        """Peak memory above inputs and outputs; on the host another process measures it."""
         return None
 
     def replayed(self, runs: Sequence[Callable[[], object]], rounds: int) -> float | None:
@@ -53,12 +79,28 @@ class HostClock:
         return None
 
     def floors(self, dtype: torch.dtype) -> Floors:
-        """Nobody measured them here."""
-        return Floors()
+        """Rates of dot products in registers, or where nothing was compiled of matrix products, and of a copy."""
+        kinds = native.peaks(_HOST_SECONDS) or {
+            str(kind).removeprefix("torch."): self._product(kind) for kind in (torch.float32, torch.bfloat16)
+        }
+        source = torch.ones(_HOST_COPIED, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        copied = min(self.time(lambda: target.copy_(source)) for _ in range(8))
+        return Floors(flops=max(kinds.values()), bandwidth=2e3 * _HOST_COPIED / copied, kinds=kinds)
+
+    def _product(self, dtype: torch.dtype) -> float:
+        a, b, out = (torch.randn(_HOST_SIDE, _HOST_SIDE).to(dtype) for _ in range(3))
+        return 2e3 * _HOST_SIDE**3 / min(self.time(lambda: torch.mm(a, b, out=out)) for _ in range(8))
 
     def free_bytes(self) -> int | None:
-        """Unknown: contenders may use what they want."""
-        return None
+        """What a contender may allocate; unknown where the system does not say."""
+        facts = Path("/proc/meminfo")
+        if not facts.exists():
+            return None
+        found = next(
+            (text for text in facts.read_text().splitlines() if text.startswith("MemAvailable")), None
+        )
+        return None if found is None else 1024 * int(found.split()[1])
 
 
 class DeviceClock:
@@ -94,7 +136,7 @@ class DeviceClock:
         before = torch.cuda.memory_allocated(self._device)
         kept = run()
         peak = torch.cuda.max_memory_allocated(self._device) - before
-        return max(0, peak - sum(t.untyped_storage().nbytes() for t in _tensors(kept)))
+        return max(0, peak - sum(t.untyped_storage().nbytes() for t in tensors(kept)))
 
     def replayed(self, runs: Sequence[Callable[[], object]], rounds: int) -> float | None:
         """Milliseconds per call of one captured graph of all calls, the median of its replays."""
@@ -142,6 +184,7 @@ class DeviceClock:
 
 
 Clock = HostClock | DeviceClock
+T = TypeVar("T")
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -156,7 +199,7 @@ class Failure:
     reason: str
 
 
-def attempt(run: Callable[[], object]) -> object | Failure:
+def attempt(run: Callable[[], T]) -> T | Failure:
     """What a call returns, or, in one line, what it raised."""
     try:
         return run()
@@ -206,9 +249,41 @@ def interleaved(
     return {name: values[1:] for name, values in times.items() if name not in failed}, failed
 
 
-def _tensors(value: object) -> Iterable[Tensor]:
+def spread_out(
+    clock: Clock, runs: dict[str, Callable[[], object]], counts: Mapping[str, int]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds of each run, so often as `counts` says, those of few calls evenly among those of many.
+
+    There is no warm-up: what is timed was called before, to be checked.
+
+    Args:
+        clock: measures.
+        runs: by name of the contender.
+        counts: calls of each.
+
+    Returns:
+        Times by name, and the reason for each run that failed on the way.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, str] = {}
+    rounds = max(counts.values(), default=0)
+    for number in range(rounds):
+        for name, run in runs.items():
+            due = (number + 1) * counts[name] // rounds > number * counts[name] // rounds
+            if name in failed or not due:
+                continue
+            found = attempt(lambda run=run: clock.time(run))
+            if isinstance(found, Failure):
+                failed[name] = found.reason
+            else:
+                times[name].append(found)
+    return {name: values for name, values in times.items() if name not in failed}, failed
+
+
+def tensors(value: object) -> Iterable[Tensor]:
+    """The tensors in a value, however it is nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors(part)

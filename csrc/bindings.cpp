@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "cpu/peaks.h"
 
 #define VQK_DIRECTIONAL_ARGUMENTS                                              \
   "Tensor x, Tensor codebook, Tensor indices, Tensor? position, Tensor seed, " \
@@ -51,4 +52,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("facts", &facts, "What this build is: version, compiler, instruction sets, CUDA architectures.");
   m.def("set_isa", &vqk::set_isa, pybind11::arg("name"),
         "Force the instruction set of the CPU bodies, or \"auto\".");
+  m.def("peaks", &vqk::cpu::peaks, pybind11::arg("seconds"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Operations per second of products in registers, by kind.");
 }

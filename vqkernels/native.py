@@ -77,3 +77,18 @@ def set_isa(name: str) -> None:
     if _C is None:
         raise RuntimeError(f"set_isa: the native backend must be there; got none: {MISSING}. Build it first.")
     _C.set_isa(name)
+
+
+def peaks(seconds: float = 0.02) -> dict[str, float]:
+    """Measure how many operations per second this CPU's dot products reach at most, on torch's threads.
+
+    A multiply-add counts as two operations. The instruction set is the one in use (`set_isa`), except for
+    "bfloat16", which is measured wherever AVX-512 runs on a CPU that has the instruction.
+
+    Args:
+        seconds: spent on each kind; the best moment counts.
+
+    Returns:
+        Operations per second by kind, "float32", "int16", "bfloat16"; empty when the extension is missing.
+    """
+    return {} if _C is None else dict(_C.peaks(seconds))

@@ -179,6 +179,19 @@ struct PhiloxKernels {
                float* normals);
 };
 
+// products and sums of one kind that stay in registers
+struct Peak {
+  const char* name;
+  int64_t operations;  // of one turn
+  bool (*supported)();
+  void (*run)(int64_t turns);
+};
+
+struct PeakKernels {
+  const Peak* kinds;
+  int count;
+};
+
 struct Kernels {
   const char* name;
   const NearestCodeKernels* nearest_code;
@@ -186,6 +199,7 @@ struct Kernels {
   const DirectionalKernels* directional;
   const CodeSumsKernels* code_sums;
   const PhiloxKernels* philox;
+  const PeakKernels* peaks;
 };
 
 namespace portable {

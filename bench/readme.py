@@ -1,0 +1,238 @@
+"""Write the tables of a run into a Markdown file, between two marks.
+
+    python bench/readme.py [README.md] [--results bench/results/cpu.jsonl]
+
+The file holds the lines `<!-- bench: begin -->` and `<!-- bench: end -->`; what is between them is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import records
+from records import Record
+from summary import geometric_mean, ratios
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+OURS, OURS_ON_AVX2, FAISS = "vqkernels native", "vqkernels native avx2", "faiss-cpu IndexFlatL2"
+LAYER, CURVE = "vqkernels diveq", "vqkernels sf_diveq"
+
+# heads of columns, in their order; the version is that of the distribution
+SEARCHES = {
+    FAISS: "faiss-cpu {faiss-cpu}",
+    "scikit-learn": "scikit-learn {scikit-learn}",
+    "torch.cdist + argmin": "`cdist` + `argmin`",
+    "chunked addmm + argmin": "chunked `addmm`",
+    "chunked addmm + argmin, bfloat16": "`addmm` in bfloat16",
+    "pykeops": "pykeops {pykeops}",
+}
+LAYERS = {
+    "diveq DIVEQ": ("diveq {diveq}", LAYER),
+    "diveq SFDIVEQ": ("diveq {diveq}, SF", CURVE),
+    "vector-quantize-pytorch (EMA)": ("vector-quantize-pytorch {vector-quantize-pytorch}, EMA", LAYER),
+    "vector-quantize-pytorch (directional)": ("its directional", LAYER),
+}
+FIGURES = {
+    "docs/bench-cpu.png": "Time, share of the peak and memory beside the peers",
+    "docs/curves-cpu.png": "Time and memory against N, K and D",
+}
+
+
+def markdown(found: Iterable[Record], dtype: str = "float32", *, root: Path = ROOT) -> str:
+    """The tables of a run: searches, layers, and what they were measured on."""
+    measured = [each for each in records.timed(found).values() if each["dtype"] == dtype]
+    search = [each for each in measured if each["case"] == "search"]
+    layer = [each for each in measured if each["case"] == "layer"]
+    parts = [_preface(measured)] if measured else []
+    parts += [_searches(search, dtype)] if search else []
+    parts += [_forced(search, dtype)] if any(each["name"] == OURS_ON_AVX2 for each in search) else []
+    parts += [_layers(layer, dtype)] if layer else []
+    parts += [f"![{words}]({path})" for path, words in FIGURES.items() if (root / path).exists()]
+    return "\n\n".join(parts)
+
+
+def peak(measured: Iterable[Record]) -> float | None:
+    """The most that a run saw of what its dot products can reach, TFLOP/s: later measurements know better."""
+    return max(
+        (float(r["tensor_floor_tflops"]) for r in measured if r.get("tensor_floor_tflops")), default=None
+    )
+
+
+def _preface(measured: Sequence[Record]) -> str:
+    last = measured[-1]
+    peaks = last.get("peaks_tflops")
+    peaks = peaks if isinstance(peaks, dict) else {}
+    told = ", ".join(
+        f"{1e3 * peaks[kind]:.0f} in {kind}" for kind in ("float32", "int16", "bfloat16") if kind in peaks
+    )
+    where = f"{last.get('threads')} cores ({last.get('cpu') or last['machine']}, {last['isa']})"
+    words = (
+        f"Medians of interleaved calls in one process, {last['dtype']} inputs, {where}, every result checked "
+        f"before it was timed, packing included. Times relative to ours (N rows, K codes, D features)."
+    )
+    if told:
+        words += f" GFLOP/s that dot products in registers reach here: {told}; the share is of the largest."
+    return textwrap.fill(words, 120)
+
+
+def _searches(search: Sequence[Record], dtype: str) -> str:
+    versions = _versions(search)
+    names = [name for name in SEARCHES if any(each["name"] == name for each in search)]
+    shapes = list(dict.fromkeys(tuple(each["shape"]) for each in search))
+    by_key = {(tuple(each["shape"]), each["name"]): each for each in search}
+    over = {name: ratios(search, "search", dtype, OURS, name) for name in names}
+    largest = peak(search)
+    rows = [
+        ["search (N, K, D)", "ours, exact", "of the peak", *(SEARCHES[n].format_map(versions) for n in names)]
+    ]
+    for shape in shapes:
+        mine = by_key.get((shape, OURS))
+        time, share = ("-", "-") if mine is None else (_ms(mine), _percent(mine, largest))
+        rows.append([_shape(shape), time, share, *(_ratio(over[name].get(shape)) for name in names)])
+    rows.append(["geometric mean", "1x", "", *(_mean(over[name].values(), len(shapes)) for name in names)])
+    for words, tell in (("most memory", _most_memory), ("equal to float64", _least_agreement)):
+        cells = [tell([each for each in search if each["name"] == name]) for name in (OURS, *names)]
+        rows.append([words, cells[0], "", *cells[1:]])
+    return _table(rows)
+
+
+def _forced(search: Sequence[Record], dtype: str) -> str:
+    over = ratios(search, "search", dtype, OURS_ON_AVX2, FAISS)
+    if not over:
+        return ""
+    mean = geometric_mean(over.values())
+    return f"Forced to AVX2: {_ratio(mean, 2)} faiss-cpu in the geometric mean, at least {_ratio(min(over.values()), 2)}."
+
+
+def _layers(layer: Sequence[Record], dtype: str) -> str:
+    versions = _versions(layer)
+    names = [name for name in LAYERS if any(each["name"] == name for each in layer)]
+    shapes = list(dict.fromkeys(tuple(each["shape"]) for each in layer))
+    by_key = {(tuple(each["shape"]), each["name"]): each for each in layer}
+    heads = [LAYERS[name][0].format_map(versions) for name in names]
+    rows = [["layer, forward + backward", "`diveq`", "`sf_diveq`", *heads]]
+    for shape in shapes:
+        cells = []
+        for name in (LAYER, CURVE):
+            mine = by_key.get((shape, name))
+            cells.append("-" if mine is None else f"{_ms(mine)}, {_memory(mine)}")
+        for name in names:
+            theirs = by_key.get((shape, name))
+            ratio = ratios(layer, "layer", dtype, LAYERS[name][1], name).get(shape)
+            cells.append("-" if theirs is None or ratio is None else f"{_ratio(ratio)}, {_memory(theirs)}")
+        rows.append([_shape(shape), *cells])
+    return _table(rows)
+
+
+class _Versions(dict):
+    def __missing__(self, name: str) -> str:
+        return ""
+
+
+def _versions(measured: Sequence[Record]) -> _Versions:
+    peers = measured[-1].get("peers")
+    return _Versions(peers if isinstance(peers, dict) else {})
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def _shape(shape: Sequence[object]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def _ms(record: Record) -> str:
+    return f"{record['ms_p50']:.3g} ms" if float(record["ms_p50"]) < 1e3 else f"{record['ms_p50']:.0f} ms"
+
+
+def _ratio(ratio: float | None, decimals: int = 1) -> str:
+    if ratio is None:
+        return "-"
+    shown = f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.{decimals}f}x" if ratio < 9.95 else f"{ratio:.0f}x"
+    # where somebody else is faster, nobody shall have to look for it
+    return f"**{shown}**" if ratio < 1 else shown
+
+
+def _mean(found: Iterable[float], whole: int) -> str:
+    """The geometric mean, and of how many shapes where that is not all."""
+    found = list(found)
+    if not found:
+        return "-"
+    return _ratio(geometric_mean(found), 2) + ("" if len(found) == whole else f" (of {len(found)})")
+
+
+def _percent(record: Record, largest: float | None) -> str:
+    return "-" if largest is None else f"{100 * float(record['tflops']) / largest:.0f} %"
+
+
+def _memory(record: Record) -> str:
+    megabytes = record.get("extra_mb")
+    if not isinstance(megabytes, (int, float)):
+        return "-"
+    if megabytes < 1:
+        return "< 1 MB"
+    return f"{megabytes:.0f} MB" if megabytes < 999.5 else f"{megabytes / 1e3:.2g} GB"
+
+
+def _most_memory(of_one: Sequence[Record]) -> str:
+    known = [each for each in of_one if each.get("extra_mb") is not None]
+    return _memory(max(known, key=lambda each: float(each["extra_mb"]))) if known else "-"
+
+
+def _least_agreement(of_one: Sequence[Record]) -> str:
+    known = [float(each["agreement"]) for each in of_one if each.get("agreement") is not None]
+    if not known:
+        return "-"
+    # never rounded up to all rows
+    return "100 %" if min(known) == 1 else f"{min(_floored(min(known)), 99.999):.5g} %"
+
+
+def _floored(share: float) -> float:
+    """Percent with three decimals, rounded down."""
+    return int(share * 1e5) / 1e3
+
+
+def write(path: Path, text: str) -> None:
+    """Replace what is between the marks of a file; ValueError where they are not there."""
+    whole = path.read_text(encoding="utf-8")
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        raise ValueError(
+            f"readme: {path.name} must hold the lines {BEGIN} and {END} once each; got another number. Add them "
+            "where the tables belong."
+        )
+    before, after = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
+    path.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read, write, and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, help="print the tables if it is left out")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/cpu.jsonl")
+    options = parser.parse_args(arguments)
+    text = markdown(records.read(options.results)[0])
+    if not text:
+        print(
+            f"readme: {options.results} must hold measurements; got none. Run bench/run.py.", file=sys.stderr
+        )
+        return 2
+    if options.file is None:
+        print(text)
+        return 0
+    try:
+        write(options.file, text)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
