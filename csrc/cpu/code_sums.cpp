@@ -1,7 +1,6 @@
 #include "by_code.h"
 #include "isa.h"
 #include "ops.h"
-#include "pages.h"
 
 namespace vqk::cpu {
 
@@ -14,8 +13,6 @@ std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes
   Tensor counts = torch::stable::new_empty(x, {num_codes}, ScalarType::Long);
   Tensor sums = torch::stable::new_empty(x, {num_codes, d},
                                          rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float);
-
-  large_pages(sums.mutable_data_ptr(), sums.numel() * size_of(type_of(sums)));
 
   const auto codes = memory<int64_t>(count);
   constexpr int64_t kRows = 1024;

@@ -1,7 +1,6 @@
 #include "by_code.h"
 #include "isa.h"
 #include "ops.h"
-#include "pages.h"
 
 namespace vqk::cpu {
 namespace {
@@ -14,12 +13,6 @@ void each_range(const Rows& rows, size_t scratch_bytes, const Visit& visit) {
   each_task((count + at_once - 1) / at_once, scratch_bytes, [&](int64_t task, void* scratch) {
     visit(task * at_once, std::min(count, (task + 1) * at_once), scratch);
   });
-}
-
-Tensor output_like(const Tensor& x) {
-  Tensor out = torch::stable::empty_like(x);
-  large_pages(out.mutable_data_ptr(), out.numel() * size_of(type_of(x)));
-  return out;
 }
 
 Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices,
@@ -49,7 +42,7 @@ Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& ind
 Tensor directional(Tensor x, Tensor codebook, Tensor indices, MaybeTensor position, Tensor seed,
                    int64_t direction, double noise_std, int64_t row_offset) {
   Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
-  Tensor z = output_like(x);
+  Tensor z = torch::stable::empty_like(x);
   if (x.numel() == 0) return z;
   args.z = rows_of(z);
   const DirectionalKernels& body = *kernels().directional;
@@ -64,9 +57,8 @@ std::tuple<Tensor, Tensor> directional_backward(Tensor grad, Tensor x, Tensor co
   Directional args = arguments(x, codebook, indices, position, seed, direction, noise_std, row_offset);
   args.grad = rows_of(grad);
   check_same_rows(args.x, args.grad, "grad");
-  Tensor grad_x = output_like(x);
+  Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_codebook = torch::stable::new_empty(codebook, codebook.sizes());
-  large_pages(grad_codebook.mutable_data_ptr(), grad_codebook.numel() * size_of(args.codebook.type));
   args.z = rows_of(grad_x);
   const Kernels& bodies = kernels();
   const int64_t count = args.x.count(), entries = count * (position ? 2 : 1);

@@ -132,6 +132,11 @@ Results run(const Case& c) {
           directional_backward(grad, x, codes, indices, at, scalar(9), direction, 0.03, 5);
       keep(grad_x, grad_codes);
     }
+  if (c.codes > 1)
+    for (const Tensor& rows : {x, grid}) {
+      const auto [segments, places, sq_dist] = nearest_segment(rows, codes);
+      keep(segments, places, sq_dist);
+    }
   const auto [counts, sums] = code_sums(x, indices, c.codes);
   const auto [words, normals] = philox(scalar(-3), 300, 37, 1, int64_t{1} << 33);
   keep(counts, sums, words, normals);
