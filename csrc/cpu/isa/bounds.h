@@ -23,9 +23,6 @@
 namespace vqk {
 namespace {
 
-constexpr double kInf = __builtin_inf();
-// covers the rounding of sums of float64 squares and of the bounds themselves
-constexpr double kSlack = 1 + 1e-8;
 // L, below INT32_MAX by more than twice the largest margin
 constexpr double kRange = 0x1p31 * (1 - 0x1p-5);
 constexpr int32_t kWidest = 1 << 24;

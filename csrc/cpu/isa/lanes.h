@@ -16,9 +16,6 @@ constexpr int kCodes = 6, kGroup = 3;
 constexpr int kCodes = 4, kGroup = 4;
 #endif
 constexpr int kGroups = kCodes / kGroup;
-constexpr int kRows = 2 * kWidth;
-// what a row remembers is spread over slots; tiles of codes take turns
-constexpr int kSlots = 16;
 
 typedef vint vintu __attribute__((aligned(4)));
 typedef double vdouble __attribute__((vector_size(8 * kWidth), may_alias));
@@ -79,12 +76,6 @@ VQK_INLINE uint32_t at_least(vint a, vint b) {
   return bits;
 #endif
 }
-
-VQK_INLINE d8 load8(const double* p) { return *(const d8u*)p; }
-VQK_INLINE d8 load8(const float* p) { return __builtin_convertvector(*(const f8u*)p, d8); }
-
-VQK_INLINE vint all(int32_t v) { return vint{} + v; }
-VQK_INLINE vfloat all(float v) { return v - vfloat{}; }
 
 VQK_INLINE vfloat root(vfloat v) {
 #if defined(__AVX512F__)

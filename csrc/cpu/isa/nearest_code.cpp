@@ -1,16 +1,11 @@
 // The certified search of one block of rows, and the float64 search of rows that it leaves open.
 #include "pack_codes.h"
 #include "pack_rows.h"
+#include "scratch.h"
 #include "settle.h"
 
 namespace vqk {
 namespace {
-
-VQK_INLINE char* take(char*& at, int64_t bytes) {
-  char* const here = at;
-  at += padded(bytes, 64);
-  return here;
-}
 
 // memory of a block
 struct Block {

@@ -35,13 +35,8 @@
 namespace vqk {
 namespace {
 
-constexpr double kInf = __builtin_inf();
 constexpr float kInfF = __builtin_inff();
 
-// rows side by side: two vectors
-constexpr int kRows = 2 * kWidth;
-// a row remembers the best tile of each of these; tile i belongs to slot i % kSlots
-constexpr int kSlots = 16;
 // tiles that stay in the first cache while the rows of a block pass by
 constexpr int64_t kNearBytes = 1 << 14;
 
@@ -78,12 +73,6 @@ struct Block {
   float* margin;  // (rows): 2 (F + T)
   Nearest* best;  // (rows)
 };
-
-VQK_INLINE char* take(char*& at, int64_t bytes) {
-  char* const here = at;
-  at += padded(bytes, 64);
-  return here;
-}
 
 size_t search_scratch(int64_t d, int64_t rows) {
   const int64_t n = padded(rows, kRows);
@@ -167,8 +156,6 @@ VQK_INLINE unsigned lanes_of(vint truth) {
   return bits;
 #endif
 }
-
-VQK_INLINE vfloat all(float v) { return v - vfloat{}; }
 
 // the best segment of one tile for kRows rows, folded into their slots
 void fold(const float* x, const Polyline& line, int64_t tile, Memo* memos) {

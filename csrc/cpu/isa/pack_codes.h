@@ -6,8 +6,6 @@
 namespace vqk {
 namespace {
 
-VQK_INLINE int64_t padded(int64_t d, int64_t to) { return (d + to - 1) / to * to; }
-
 void points(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end, bool wide, void* out) {
   const int64_t d = codebook.features;
   if (!dither.data) {

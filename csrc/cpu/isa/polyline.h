@@ -3,6 +3,7 @@
 
 #include "../kernels.h"
 #include "convert.h"
+#include "scratch.h"
 #include "segment_literal.h"
 #include "simd.h"
 
@@ -18,16 +19,10 @@ constexpr int kNodes = 6;
 // tile i searches segments i kNodes - 1 .. (i + 1) kNodes - 2, between this many nodes
 constexpr int kEnds = kNodes + 1;
 
-// covers the rounding of sums of float64 squares and of the bound itself
-constexpr double kSlack = 1 + 1e-8;
 // beyond these powers of two the contract's own sums may underflow
 constexpr int kMostExponent = 300;
 // a scaled segment shorter than this is as good as a point, and its inverse could overflow
 constexpr double kShortest = 0x1p-150;
-
-VQK_INLINE int64_t padded(int64_t d, int64_t to) { return (d + to - 1) / to * to; }
-VQK_INLINE d8 load8(const double* p) { return *(const d8u*)p; }
-VQK_INLINE d8 load8(const float* p) { return __builtin_convertvector(*(const f8u*)p, d8); }
 
 VQK_INLINE bool usable(const Polyline& line, int64_t s) {
   return s >= 0 && s + 1 < line.count && line.finite[s] && line.finite[s + 1];

@@ -13,14 +13,20 @@ namespace vqk {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kWidth = 16, kTile = 12;
+constexpr int kWidth = 16;
 #elif defined(__AVX2__)
-constexpr int kWidth = 8, kTile = 6;
+constexpr int kWidth = 8;
 #else
-constexpr int kWidth = 4, kTile = 6;
+constexpr int kWidth = 4;
 #endif
-// two vectors of codes share a slot: their maximum is what a row remembers
-constexpr int kPanel = 2 * kWidth;
+// searches hold two vectors of rows against a tile of codes
+constexpr int kRows = 2 * kWidth;
+// what a row remembers is spread over slots; tiles of codes take turns
+constexpr int kSlots = 16;
+
+constexpr double kInf = __builtin_inf();
+// covers the rounding of sums of float64 squares and of the bounds themselves
+constexpr double kSlack = 1 + 1e-8;
 
 typedef float vfloat __attribute__((vector_size(4 * kWidth), may_alias));
 typedef int32_t vint __attribute__((vector_size(4 * kWidth), may_alias));
@@ -68,6 +74,14 @@ static inline __attribute__((always_inline)) vfloat smaller_of(vfloat a, vfloat 
 static inline __attribute__((always_inline)) double sum(d8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
+
+static inline __attribute__((always_inline)) d8 load8(const double* p) { return *(const d8u*)p; }
+static inline __attribute__((always_inline)) d8 load8(const float* p) {
+  return __builtin_convertvector(*(const f8u*)p, d8);
+}
+
+static inline __attribute__((always_inline)) vint all(int32_t v) { return vint{} + v; }
+static inline __attribute__((always_inline)) vfloat all(float v) { return v - vfloat{}; }
 
 }  // namespace
 }  // namespace vqk
