@@ -236,11 +236,7 @@ def interleaved(
         for name, run in runs.items():
             if name in failed:
                 continue
-            found = attempt(lambda run=run: clock.time(run))
-            if isinstance(found, Failure):
-                failed[name] = found.reason
-            else:
-                times[name].append(found)
+            _once(clock, name, run, times, failed)
         done += 1
         if wanted is None:
             # the first round is the warm-up and tells what the others will take
@@ -272,12 +268,22 @@ def spread_out(
             due = (number + 1) * counts[name] // rounds > number * counts[name] // rounds
             if name in failed or not due:
                 continue
-            found = attempt(lambda run=run: clock.time(run))
-            if isinstance(found, Failure):
-                failed[name] = found.reason
-            else:
-                times[name].append(found)
+            _once(clock, name, run, times, failed)
     return {name: values for name, values in times.items() if name not in failed}, failed
+
+
+def _once(
+    clock: Clock,
+    name: str,
+    run: Callable[[], object],
+    times: dict[str, list[float]],
+    failed: dict[str, str],
+) -> None:
+    found = attempt(lambda: clock.time(run))
+    if isinstance(found, Failure):
+        failed[name] = found.reason
+    else:
+        times[name].append(found)
 
 
 def tensors(value: object) -> Iterable[Tensor]:

@@ -31,6 +31,15 @@ void points(const Rows& codebook, const Rows& dither, int64_t begin, int64_t end
   }
 }
 
+// zeros past the end
+template <class C>
+VQK_INLINE d8 upto8(const C* c, int64_t left) {
+  if (left >= 8) return load8(c);
+  d8 v = {};
+  for (int64_t q = 0; q < left; ++q) v[q] = (double)c[q];
+  return v;
+}
+
 typedef uint64_t u8 __attribute__((vector_size(64), may_alias));
 constexpr uint64_t kHash = 0x27bb2ee687b0b0fd;
 
@@ -46,11 +55,7 @@ void survey_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes
     d8 squares = {}, high = {};
     u8 hash = {};
     for (int64_t k = 0; k < d; k += 8) {
-      d8 v = {};
-      if (k + 8 <= d)
-        v = load8(c + k);
-      else
-        for (int64_t q = 0; q < d - k; ++q) v[q] = (double)c[k + q];
+      d8 v = upto8(c + k, d - k);
       // 0 added makes one of 0 and -0
       const u8 bits = (u8)(v + 0.0);
       hash = hash * 5 + (bits ^ bits >> 32) * kHash;
@@ -103,13 +108,8 @@ void pack_codes(const Codes& codes, int64_t tile_begin, int64_t tile_end, Spread
       const C* const c = (const C*)codes.rows + j * d;
       d8 squares = {}, rests = {}, norms = {};
       for (int64_t k = 0; k < d; k += 8) {
-        d8 v = {};
-        if (k + 8 <= d)
-          v = load8(c + k);
-        else
-          for (int64_t q = 0; q < d - k; ++q) v[q] = (double)c[k + q];
-        const d8 scaled = (v - load8(codes.centre + k)) * codes.scale, shifted = scaled + kRound,
-                 h = shifted - kRound, rest = scaled - h;
+        const d8 scaled = (upto8(c + k, d - k) - load8(codes.centre + k)) * codes.scale,
+                 shifted = scaled + kRound, h = shifted - kRound, rest = scaled - h;
         squares += scaled * scaled;
         rests += rest * rest;
         norms += h * h;

@@ -1,9 +1,6 @@
 // Multiply-adds that touch registers alone: what no search of this instruction set can exceed.
 #include "../kernels.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 #if defined(__x86_64__)
 #define VQK_REGISTER "+v"
@@ -16,19 +13,9 @@
 namespace vqk {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
 // chains that do not wait for each other: two units of up to six cycles, and registers for their operands
 constexpr int kChains = 12;
 constexpr int64_t kSteps = 64;
-
-typedef float vfloats __attribute__((vector_size(kBytes), may_alias));
-typedef int32_t vints __attribute__((vector_size(kBytes), may_alias));
 
 // the operands pass for unknown, and one for another at every step, or the compiler would multiply once
 #define VQK_TURNS(Vector, step)                                  \
@@ -46,24 +33,24 @@ bool always() { return true; }
 
 void float32(int64_t turns) {
 #if defined(__AVX512F__)
-  VQK_TURNS(vfloats, _mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sums[chain]));
+  VQK_TURNS(vfloat, _mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sums[chain]));
 #elif defined(__AVX2__)
-  VQK_TURNS(vfloats, _mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums[chain]));
+  VQK_TURNS(vfloat, _mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums[chain]));
 #else
-  VQK_TURNS(vfloats, a * b + sums[chain]);
+  VQK_TURNS(vfloat, a * b + sums[chain]);
 #endif
 }
 
 #if defined(__SSE2__)
 void int16(int64_t turns) {
 #if defined(__AVX512VNNI__)
-  VQK_TURNS(vints, _mm512_dpwssd_epi32((__m512i)sums[chain], (__m512i)a, (__m512i)b));
+  VQK_TURNS(vint, _mm512_dpwssd_epi32((__m512i)sums[chain], (__m512i)a, (__m512i)b));
 #elif defined(__AVX512BW__)
-  VQK_TURNS(vints, _mm512_add_epi32((__m512i)sums[chain], _mm512_madd_epi16((__m512i)a, (__m512i)b)));
+  VQK_TURNS(vint, _mm512_add_epi32((__m512i)sums[chain], _mm512_madd_epi16((__m512i)a, (__m512i)b)));
 #elif defined(__AVX2__)
-  VQK_TURNS(vints, _mm256_add_epi32((__m256i)sums[chain], _mm256_madd_epi16((__m256i)a, (__m256i)b)));
+  VQK_TURNS(vint, _mm256_add_epi32((__m256i)sums[chain], _mm256_madd_epi16((__m256i)a, (__m256i)b)));
 #else
-  VQK_TURNS(vints, _mm_add_epi32((__m128i)sums[chain], _mm_madd_epi16((__m128i)a, (__m128i)b)));
+  VQK_TURNS(vint, _mm_add_epi32((__m128i)sums[chain], _mm_madd_epi16((__m128i)a, (__m128i)b)));
 #endif
 }
 #endif
@@ -73,12 +60,12 @@ void int16(int64_t turns) {
 bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
 __attribute__((target("avx512bf16"))) void bfloat16(int64_t turns) {
-  VQK_TURNS(vfloats, _mm512_dpbf16_ps((__m512)sums[chain], (__m512bh)a, (__m512bh)b));
+  VQK_TURNS(vfloat, _mm512_dpbf16_ps((__m512)sums[chain], (__m512bh)a, (__m512bh)b));
 }
 #endif
 
 // a multiply-add is two operations
-constexpr int64_t kFloats = 2 * kSteps * kChains * kBytes / 4;
+constexpr int64_t kFloats = 2 * kSteps * kChains * kWidth;
 
 const Peak kinds[] = {
     {"float32", kFloats, always, float32},
