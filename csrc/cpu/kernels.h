@@ -131,8 +131,9 @@ struct NearestCodeKernels {
   // against some tiles of codes, to the block's own slots or to others
   void (*scores)(const Search& search, int64_t rows, void* scratch, int64_t tile_begin, int64_t tile_end,
                  void* slots);
-  // from the block's own slots, or from those of several parts of the codes side by side
-  void (*settle)(const Search& search, int64_t begin, int64_t end, void* scratch, const void* slots,
+  // from the block's own slots, or from those of several parts of the codes side by side; how many rows it
+  // leaves open
+  int64_t (*settle)(const Search& search, int64_t begin, int64_t end, void* scratch, const void* slots,
                  int64_t parts);
   size_t (*rescore_scratch)(int64_t features, int64_t rows);
   void (*rescore)(const Search& search, const int64_t* rows, int64_t count, void* scratch);

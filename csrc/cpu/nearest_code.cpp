@@ -33,8 +33,9 @@ void fill(const Search& search, int64_t count) {
     std::fill_n(static_cast<float*>(search.sq_dist), count, std::nanf(""));
 }
 
-// rows are shared out over the threads, and where they are few the codes as well; neither changes a result
-void search_all(const NearestCodeKernels& body, const Search& search, int64_t count, int64_t threads) {
+// rows are shared out over the threads, and where they are few the codes as well; neither changes a result.
+// Returns how many rows stay open.
+int64_t search_all(const NearestCodeKernels& body, const Search& search, int64_t count, int64_t threads) {
   const int64_t d = search.x.features, tiles = (search.codes.count + body.codes - 1) / body.codes;
   // rows that stay in the second cache beside a chunk of codes, and enough blocks for every thread
   const int64_t fitting = std::clamp<int64_t>(cache_share() / (6 * d + 256), 1, 512);
@@ -46,13 +47,14 @@ void search_all(const NearestCodeKernels& body, const Search& search, int64_t co
   constexpr int64_t kTiles = 64;
   const int64_t parts = std::min(2 * threads / blocks, tiles / kTiles);
   const size_t size = body.search_scratch(search, block);
+  std::atomic<int64_t> open{0};
   if (parts < 2 || threads == 1) {
     each_task(blocks, size, [&](int64_t at, void* scratch) {
       body.pack_rows(search, at * block, end_of(at), scratch);
       body.scores(search, end_of(at) - at * block, scratch, 0, tiles, nullptr);
-      body.settle(search, at * block, end_of(at), scratch, nullptr, 0);
+      open += body.settle(search, at * block, end_of(at), scratch, nullptr, 0);
     });
-    return;
+    return open;
   }
   const int64_t padded = static_cast<int64_t>(size + 63) / 64 * 64,
                 slots = static_cast<int64_t>(body.slots_size(block));
@@ -68,9 +70,10 @@ void search_all(const NearestCodeKernels& body, const Search& search, int64_t co
                     part * static_cast<int64_t>(body.slots_size(end_of(at) - at * block)));
   });
   each_task(blocks, 0, [&](int64_t at, void*) {
-    body.settle(search, at * block, end_of(at), scratches.get() + at * padded,
-                found.get() + at * parts * slots, parts);
+    open += body.settle(search, at * block, end_of(at), scratches.get() + at * padded,
+                        found.get() + at * parts * slots, parts);
   });
+  return open;
 }
 
 }  // namespace
@@ -112,7 +115,7 @@ std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor d
     fill(search, count);
     return {indices, sq_dist};
   }
-  search_all(body, search, count, threads);
+  if (search_all(body, search, count, threads) == 0) return {indices, sq_dist};
 
   std::vector<int64_t> open;
   for (int64_t n = 0; n < count; ++n)

@@ -53,8 +53,9 @@ void pack_block(const Search& s, const Bounds& bounds, const Block& b, int64_t b
 }
 
 template <class X>
-void settle_block(const Search& s, const Bounds& bounds, const Block& b, int64_t begin, int64_t rows) {
+int64_t settle_block(const Search& s, const Bounds& bounds, const Block& b, int64_t begin, int64_t rows) {
   const int64_t ld = padded(s.x.features, 16), pairs = (s.x.features + 1) / 2;
+  int64_t open = 0;
   for (int64_t t = 0; t * kRows < rows; ++t) {
     const Tile<X> tile = {(const X*)b.raw + t * kRows * ld,
                           ld,
@@ -65,11 +66,9 @@ void settle_block(const Search& s, const Bounds& bounds, const Block& b, int64_t
                           b.margins + 2 * t,
                           b.lengths + 2 * t,
                           b.slots + t * kSlots};
-    if (s.codes.wide)
-      settle<X, double>(s, bounds, tile);
-    else
-      settle<X, float>(s, bounds, tile);
+    open += s.codes.wide ? settle<X, double>(s, bounds, tile) : settle<X, float>(s, bounds, tile);
   }
+  return open;
 }
 
 // codes of some tiles against the block, a chunk of them at a time, into slots of their own
@@ -103,8 +102,8 @@ void pack_block(const Search& s, int64_t begin, int64_t end, void* scratch) {
     pack_block<float, vfloat>(s, bounds, b, begin, end - begin);
 }
 
-void settle_block(const Search& s, int64_t begin, int64_t end, void* scratch, const void* slots,
-                  int64_t parts) {
+int64_t settle_block(const Search& s, int64_t begin, int64_t end, void* scratch, const void* slots,
+                     int64_t parts) {
   Block b;
   divide(s, end - begin, scratch, &b);
   const int64_t count = (end - begin + kRows - 1) / kRows * kSlots;
@@ -113,10 +112,8 @@ void settle_block(const Search& s, int64_t begin, int64_t end, void* scratch, co
     for (int64_t q = 0; q < count; ++q) b.slots[q] = part == 0 ? from[q] : joined(b.slots[q], from[q]);
   }
   const Bounds bounds = bounds_of(s.codes, arithmetic_wide(s));
-  if (raw_wide(s))
-    settle_block<double>(s, bounds, b, begin, end - begin);
-  else
-    settle_block<float>(s, bounds, b, begin, end - begin);
+  return raw_wide(s) ? settle_block<double>(s, bounds, b, begin, end - begin)
+                     : settle_block<float>(s, bounds, b, begin, end - begin);
 }
 
 size_t slots_size(int64_t rows) { return (size_t)((rows + kRows - 1) / kRows * kSlots) * sizeof(Slot); }

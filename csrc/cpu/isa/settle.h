@@ -41,8 +41,9 @@ VQK_INLINE void question(const Search& s, const Tile<X>& t, int row, int64_t til
   }
 }
 
+// returns how many rows stay open
 template <class X, class C>
-void settle(const Search& s, const Bounds& b, const Tile<X>& t) {
+int64_t settle(const Search& s, const Bounds& b, const Tile<X>& t) {
   const int64_t d = s.codes.features, tiles = (s.codes.count + kCodes - 1) / kCodes;
   constexpr uint32_t every = (1u << kCodes) - 1, group = (1u << kGroup) - 1;
   Best best[kRows];
@@ -90,14 +91,16 @@ void settle(const Search& s, const Bounds& b, const Tile<X>& t) {
         pairs.add(t.raw + r * t.ld, (const C*)s.codes.rows + s.codes.far[q] * d, best + r, s.codes.far[q], d);
     }
   pairs.flush(d);
+  int64_t left_open = 0;
   for (int r = 0; r < t.rows; ++r) {
     if (!(open >> r & 1))
       answer(s, t.first + r, best[r].index, best[r].sq_dist);
     else if (finite(t.raw + r * t.ld, d))
-      s.indices[t.first + r] = -1;
+      s.indices[t.first + r] = -1, ++left_open;
     else
       answer(s, t.first + r, 0, __builtin_nan(""));
   }
+  return left_open;
 }
 
 }  // namespace
