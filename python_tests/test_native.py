@@ -124,6 +124,13 @@ def hard_cases():
         torch.cat([randn(60, 17), 0.999 * far[[7, 8]], 5e3 * randn(60, 17)]),
         far,
     )
+    for scale in (1e-137, 3e-137, 1.0, 3e151):
+        # squares of the far code leave the range of float64 where its features do not
+        near = torch.randn(256, 64, generator=generator).double()
+        near *= scale / 30 / near.norm(dim=1, keepdim=True)
+        near[200] = scale * torch.eye(64)[0].double()
+        rows = torch.tensor([0.6, 1, 3, 8]).double()[:, None] * near[200]
+        yield f"a far code of {scale:g}", rows, near
     for scale in (1e-30, 6e4):
         yield f"{scale:g}", scale * randn(127, 17).clamp(-1, 1), scale * codes.clamp(-1, 1)
     for scale in (1e-310, 1e-200, 1e-162, 1e154, 1e200):
@@ -140,6 +147,17 @@ def test_isas_meet_the_contract(name):
             got, distance = search(x[None], codes)
         assert torch.equal(got[0], indices), case
         assert torch.equal(distance[0], sq_dist.to(distance.dtype)), case
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_a_code_among_a_million_zeros(name):
+    # so many that equal ones are not looked for; rows whose squares vanish in float32
+    for dtype, scale in ((torch.float32, 1e-24), (torch.float64, 1e-30)):
+        codes = torch.zeros(2**20 + 64, 2, dtype=dtype)
+        codes[77, 0] = scale
+        x = torch.tensor([[0.6 * scale, 0], [0.4 * scale, 0]], dtype=dtype)
+        with isa(name):
+            assert search(x[None], codes)[0].tolist() == [[77, 0]]
 
 
 @pytest.mark.parametrize("name", ISAS)

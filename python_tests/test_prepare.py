@@ -60,7 +60,10 @@ def test_parts_of_another_codebook_are_refused():
     x, codes = torch.randn(1, 9, 6), torch.randn(30, 6)
     parts = prepare(codes, backend="native").parts
     op = torch.ops.vqkernels.nearest_code
-    for wrong in (parts[:-1], [*parts[:-1], torch.zeros(3)], prepare(codes[:20], backend="native").parts):
+    wide = prepare(codes.double().t().contiguous().t(), backend="native").parts
+    strided = [part.repeat_interleave(2)[::2] for part in parts]
+    others = prepare(codes[:20], backend="native").parts
+    for wrong in (parts[:-1], [*parts[:-1], torch.zeros(3)], others, wide, strided):
         with pytest.raises(RuntimeError, match=r"nearest_code: parts must be what prepare made"):
             op(x, codes, None, True, wrong)
     with pytest.raises(RuntimeError, match=r"nearest_code: parts must be empty with a dither"):

@@ -35,7 +35,7 @@ struct Codes {
 
 // maxima over codes; a chunk of codes fills one
 struct Spread {
-  double largest, reach;  // of |c_d - centre_d| and of |c - centre|
+  double largest;  // |c_d - centre_d| and of |c - centre|
   double packed_norm, residual;
 };
 
@@ -134,7 +134,7 @@ struct NearestCodeKernels {
   // from the block's own slots, or from those of several parts of the codes side by side; how many rows it
   // leaves open
   int64_t (*settle)(const Search& search, int64_t begin, int64_t end, void* scratch, const void* slots,
-                 int64_t parts);
+                    int64_t parts);
   size_t (*rescore_scratch)(int64_t features, int64_t rows);
   void (*rescore)(const Search& search, const int64_t* rows, int64_t count, void* scratch);
 };

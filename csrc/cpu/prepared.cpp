@@ -12,7 +12,7 @@ namespace {
 // codes at a time in the passes over the codebook
 constexpr int64_t kCodes = 512;
 // of so many codes one may be far; and how much longer than the rest that makes it
-constexpr int64_t kFarShare = 64;
+constexpr int64_t kFarShare = 16;
 constexpr double kFarRatio = 4;
 // codes that the centre is taken from
 constexpr int64_t kSample = 128;
@@ -72,7 +72,17 @@ Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::
     return;
   }
   bool fits = whole;
-  for (int part = 0; fits && part < kParts; ++part) fits = kept[part].numel() == sizes[part];
+  const ScalarType types[kParts] = {rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float,
+                                    ScalarType::Byte,
+                                    ScalarType::Double,
+                                    ScalarType::Int,
+                                    ScalarType::Int,
+                                    ScalarType::Short,
+                                    ScalarType::Long,
+                                    ScalarType::Double};
+  for (int part = 0; fits && part < kParts; ++part)
+    fits = kept[part].numel() == sizes[part] && kept[part].scalar_type() == types[part] &&
+           kept[part].is_contiguous();
   STD_TORCH_CHECK(fits,
                   "nearest_code: parts must be what prepare made of this codebook; got others. Call "
                   "prepare(codebook) again.");
@@ -181,12 +191,22 @@ void Prepared::find_centre() {
     return codes.wide ? static_cast<const double*>(codes.rows)[n]
                       : static_cast<double>(static_cast<const float*>(codes.rows)[n]);
   };
-  std::vector<double> sum(static_cast<size_t>(d), 0.0);
-  double squares = 0, count = 0;
+  std::vector<double> sum(static_cast<size_t>(d), 0.0), sizes;
+  std::vector<std::pair<int64_t, double>> sample;
   for (int64_t j = 0; j < codes.count; j += step) {
     double square = 0;
     for (int64_t f = 0; f < d; ++f) square += at(j, f) * at(j, f);
     if (!std::isfinite(square)) continue;
+    sample.emplace_back(j, square);
+    sizes.push_back(square);
+  }
+  if (sample.empty()) return;
+  const auto middle = sizes.begin() + static_cast<int64_t>(sizes.size() / 2);
+  std::nth_element(sizes.begin(), middle, sizes.end());
+  double squares = 0, count = 0;
+  for (const auto& [j, square] : sample) {
+    // one code far from the rest must not carry the centre away from them
+    if (square > kFarRatio * kFarRatio * *middle) continue;
     for (int64_t f = 0; f < d; ++f) sum[static_cast<size_t>(f)] += at(j, f);
     squares += square;
     count += 1;

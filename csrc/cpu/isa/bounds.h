@@ -45,6 +45,11 @@ VQK_INLINE double half_square(const Codes& codes) {
 void scale(Codes* codes, double largest) {
   codes->scale = codes->row_scale = 1;
   if (!(codes->reach > 0)) return;
+  // beyond this every row goes to float64; packed codes must only be numbers
+  if (!(codes->reach < 0x1p1000)) {
+    codes->scale = codes->row_scale = 0x1p-1020;
+    return;
+  }
   const double by_norm = kCodeNorm / codes->reach, by_element = kElement / largest;
   codes->scale = by_norm < by_element ? by_norm : by_element;
   // beyond these powers float64 itself leaves its normal range
@@ -87,7 +92,7 @@ Bounds bounds_of(const Codes& codes, bool wide) {
   while (step < names) step *= 2;
   b.keep = -step;
   // beyond these sizes every row goes to float64
-  if (!(space > 0x1p30) || step > 1 << 22) b.longest = -1;
+  if (!(space > 0x1p30) || step > 1 << 22 || !(codes.reach < 0x1p1000)) b.longest = -1;
   return b;
 }
 

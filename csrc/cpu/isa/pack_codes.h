@@ -58,7 +58,9 @@ void survey_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes
       d8 v = upto8(c + k, d - k);
       // 0 added makes one of 0 and -0
       const u8 bits = (u8)(v + 0.0);
-      hash = hash * 5 + (bits ^ bits >> 32) * kHash;
+      u8 word = (bits ^ bits >> 32) * kHash;
+      word ^= word >> 29;
+      hash = hash * 5 + word;
       v -= load8(codes.centre + k);
       squares += v * v;
       v = v < 0 ? -v : v;
@@ -74,10 +76,18 @@ void survey_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* hashes
     double most = 0;
     for (int q = 0; q < 8; ++q) most = high[q] > most ? high[q] : most;
     largest = most > largest ? most : largest;
-    // where squares overflow or vanish, a bound from the largest feature
-    norms[j] =
-        (square < 0x1p1000 && square > 0x1p-900 ? __builtin_sqrt(square) : most * __builtin_sqrt((double)d)) *
-        kSlack;
+    if (square < 0x1p1000 && square > 0x1p-900) {
+      norms[j] = __builtin_sqrt(square) * kSlack;
+      continue;
+    }
+    // where squares overflow or vanish, of features scaled by a power of two
+    const double unit = most > 1 ? 0x1p-600 : 0x1p600;
+    double scaled = 0;
+    for (int64_t k = 0; k < d; ++k) {
+      const double v = ((double)c[k] - codes.centre[k]) * unit;
+      scaled += v * v;
+    }
+    norms[j] = __builtin_sqrt(scaled) / unit * kSlack;
   }
   spread->largest = largest;
 }

@@ -65,7 +65,8 @@ void pack_rows(const Codes& codes, const Bounds& b, const X* raw, int64_t ld, V*
     out[k] = mixed((vint)s0, all(0xffff), (vint)s1 << 16);
   }
   *shifts = t;
-  *lengths = length * b.sum * (1 + 0x1p-16f);
+  // squares below the range of float32 vanish
+  *lengths = length * b.sum * (1 + 0x1p-16f) + root(all((float)d)) * 0x1p-62f;
   *margins = margins_of(b, t, length, as_float(rest));
 }
 

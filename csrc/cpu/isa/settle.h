@@ -29,12 +29,15 @@ struct Tile {
 // the codes of one tile that are in question for a row
 template <class X, class C>
 VQK_INLINE void question(const Search& s, const Tile<X>& t, int row, int64_t tile, uint32_t places,
-                         int32_t bar, Best* best, Pairs<X, C>& pairs) {
+                         int32_t bar, Best* best, Pairs<X, C>& pairs, int64_t* asked) {
+  // where many codes are in question the search of open rows is the faster one
+  if (asked[row] > s.codes.count / 8 + 64) return;
   const int64_t d = s.codes.features, count = (d + 1) / 2;
   const int32_t* const x = (const int32_t*)t.x + row;
   const vint scores = scores_of(x, s.codes.packed + tile * count * kCodes, s.codes.half_norms + tile * kCodes,
                                 count, smaller(((const int32_t*)t.shifts)[row], 31));
   uint32_t hits = at_least(scores, all(bar)) & places & ~(uint32_t)s.codes.absent[tile];
+  asked[row] += __builtin_popcount(hits);
   for (; hits; hits &= hits - 1) {
     const int64_t j = tile * kCodes + __builtin_ctz(hits);
     pairs.add(t.raw + row * t.ld, (const C*)s.codes.rows + j * d, best + row, j, d);
@@ -49,6 +52,7 @@ int64_t settle(const Search& s, const Bounds& b, const Tile<X>& t) {
   Best best[kRows];
   Pairs<X, C> pairs;
   uint32_t open = 0;
+  int64_t asked[kRows] = {};
   for (int v = 0; v < 2; ++v) {
     vint top = t.slots[0].best[v];
     for (int q = 1; q < kSlots; ++q) top = larger(top, t.slots[q].best[v]);
@@ -70,21 +74,24 @@ int64_t settle(const Search& s, const Bounds& b, const Tile<X>& t) {
       for (uint32_t m = hidden; m; m &= m - 1) {
         const int lane = __builtin_ctz(m);
         for (int64_t tile = q; tile < tiles; tile += kSlots)
-          question<X, C>(s, t, v * kWidth + lane, tile, every, bar[lane], best, pairs);
+          question<X, C>(s, t, v * kWidth + lane, tile, every, bar[lane], best, pairs, asked);
       }
       for (uint32_t m = seen & ~hidden; m; m &= m - 1) {
         const int lane = __builtin_ctz(m);
         const int32_t name = t.slots[q].best[v][lane] & ~b.keep;
         const int64_t tile = (int64_t)(name / kGroups) * kSlots + q;
         question<X, C>(s, t, v * kWidth + lane, tile, group << (name % kGroups * kGroup), bar[lane], best,
-                       pairs);
+                       pairs, asked);
       }
     }
   }
   pairs.flush(d);
+  for (int r = 0; r < t.rows; ++r)
+    if (asked[r] > s.codes.count / 8 + 64) open |= 1u << r;
   // |x - c| >= |c'| - |x'|, so a far code needs a row that is long or has nothing near
   if (s.codes.far_count > 0)
     for (int r = 0; r < t.rows; ++r) {
+      if (open >> r & 1) continue;
       const double length = (double)((const float*)t.lengths)[r] / s.codes.row_scale;
       if (s.codes.far_reach - length > __builtin_sqrt(best[r].sq_dist) * kSlack) continue;
       for (int64_t q = 0; q < s.codes.far_count; ++q)
