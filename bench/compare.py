@@ -19,7 +19,7 @@ from peers import OURS
 from records import Record
 
 TOLERATED = 1.05
-# features of tensor-core work in the time of one ALU instruction per row and code, at 790 TFLOP/s
+# on a GPU, features of tensor-core work in the time of one ALU instruction per row and code, at 790 TFLOP/s
 FEATURES_PER_ALU = 23.6
 # ALU instructions per row and code of an epilogue: a good one, and that of flash-kmeans
 EPILOGUES = {"1.3 ALU per pair": 1.3, "6.75 ALU per pair": 6.75}
@@ -116,14 +116,14 @@ def _place(shape: tuple[int, int, int], shapes: Sequence[tuple[int, int, int]]) 
 
 
 def _floors(axis, found: Sequence[Record]) -> float | None:
-    """The rate of the tensor cores, and what epilogues let through of it; None where nobody measured it."""
-    peaks = [float(record["tensor_floor_tflops"]) for record in found if record.get("tensor_floor_tflops")]
+    """The largest rate of dot products, and what epilogues let through of it; None where nobody measured it."""
+    peaks = [float(record["floor_tflops"]) for record in found if record.get("floor_tflops")]
     if not peaks:
         return None
     peak = max(peaks)
     axis.axhline(peak, color="black", linewidth=1)
     axis.text(
-        0.99, peak, f"matrix product, {peak:.0f} TFLOP/s", ha="right", va="bottom", transform=_across(axis)
+        0.99, peak, f"dot products, {peak:.3g} TFLOP/s", ha="right", va="bottom", transform=_across(axis)
     )
     features = [4 * 2 ** (step / 4) for step in range(37)]
     for words, instructions in EPILOGUES.items():

@@ -210,7 +210,7 @@ def plan(out: Path, measurements: Path) -> list[Step]:
         "--deselect",
         "python_tests/test_build.py::test_cuda_compiles_for_every_arch",
     ]
-    small = [python, BENCH / "sanitize.py", "--seconds", "{seconds}"]
+    small = [python, BENCH / "every_op.py", "--seconds", "{seconds}"]
     # what torch itself is told by the driver is not ours; a cache would hide accesses beyond a tensor
     checked = [sanitizer(), "--target-processes", "application-only", "--report-api-errors", "no"]
     checked += ["--error-exitcode", "9", "--print-limit", "20"]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 from peers import OURS, Contender, Layer, Make, backends
 from searches import addmm, chunk_rows, compiled_anew
+from steps import NOISE_STD
 from torch import Tensor
 
 import vqkernels as vq
-
-NOISE_STD = 1e-3**0.5
 
 
 def plain_diveq(x: Tensor, codes: Tensor, rows: int) -> Tensor:
@@ -31,7 +31,7 @@ def _plain(compiled: bool) -> Make:
         codes = codes.clone().requires_grad_()
         rows = chunk_rows(len(inputs[0]), len(codes), codes.device)
         run = compiled_anew(plain_diveq) if compiled else plain_diveq
-        return Layer(lambda x: run(x, codes, rows), (codes,))
+        return Layer(lambda x: run(x, codes, rows), (codes,), lambda: codes)
 
     return make
 
@@ -51,7 +51,7 @@ def _vector_quantize(directional: bool) -> Make:
         # what it wants beside its directional reparameterization
         options = {"directional_reparam": True, "threshold_ema_dead_code": 2} if directional else {}
         layer = VectorQuantize(codes.shape[1], len(codes), **options).to(codes.device)
-        return Layer(lambda x: layer(x[None])[0], tuple(layer.parameters()))
+        return Layer(lambda x: layer(x[None])[0], tuple(layer.parameters()), lambda: layer.codebook)
 
     return make
 
@@ -69,7 +69,7 @@ def _diveq(space_filling: bool) -> Make:
         layer = layer.to(codes.device, codes.dtype)
         with torch.no_grad():
             layer.codebook.copy_(codes)
-        return Layer(lambda x: layer(x)[0], tuple(layer.parameters()))
+        return Layer(lambda x: layer(x)[0], tuple(layer.parameters()), lambda: layer.codebook, space_filling)
 
     return make
 
@@ -79,14 +79,17 @@ def layers(device: torch.device, dtype: torch.dtype, isas: Sequence[str] = ()) -
     found: list[Contender] = []
     for function in ("diveq", "sf_diveq"):
         if device.type == "cpu":
-            found.append(Contender(f"{OURS} {function}", _our_layer(function, None)))
+            found.append(Contender(f"{OURS} {function}", _our_layer(function, None), function=function))
             found += [
-                Contender(f"{OURS} {isa} {function}", _our_layer(function, "native"), isa=isa) for isa in isas
+                Contender(
+                    f"{OURS} {isa} {function}", _our_layer(function, "native"), function=function, isa=isa
+                )
+                for isa in isas
             ]
             continue
         for backend in backends("directional_backward", device, dtype):
             name = f"{OURS} {backend} {function}"
-            found.append(Contender(name, _our_layer(function, backend), captured=True))
+            found.append(Contender(name, _our_layer(function, backend), function=function, captured=True))
     if device.type == "cuda":
         found.append(Contender("plain PyTorch DiVeQ", _plain(False)))
         found.append(Contender("compiled PyTorch DiVeQ", _plain(True), compiles=True))
@@ -100,5 +103,7 @@ def layers(device: torch.device, dtype: torch.dtype, isas: Sequence[str] = ()) -
         name = "vector-quantize-pytorch"
         found.append(Contender(f"{name} (EMA)", _vector_quantize(False), bytes_per_pair=20))
         if device.type == "cpu":
-            found.append(Contender(f"{name} (directional)", _vector_quantize(True), bytes_per_pair=20))
+            # a call beyond takes half a minute, as that of the other one does, which is measured there
+            directional = Contender(f"{name} (directional)", _vector_quantize(True), bytes_per_pair=20)
+            found.append(replace(directional, most_pairs=1 << 28))
     return found

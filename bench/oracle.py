@@ -59,13 +59,3 @@ class Oracle:
         if share < (1.0 if exact else PLAUSIBLE) and (exact or self.regret(indices) > REGRET):
             raise ValueError(f"equals float64 on {share:.4%} of the checked rows")
         return share, rows
-
-    def check_step(self, z: Tensor) -> None:
-        """A row quantized by DiVeQ is as far from its latent as the nearest code is; raises where one is not."""
-        step = (z[self.rows].double() - self.x.double()).norm(dim=1)
-        reach = self.sq_dist.sqrt()
-        # z is stored in its dtype: an error of eps in each feature
-        slack = 4 * torch.finfo(z.dtype).eps * (self.x.double().norm(dim=1) + reach) + 1e-5 * reach
-        wrong = int(((step - reach).abs() > slack).sum())
-        if wrong:
-            raise ValueError(f"{wrong} of {len(reach)} checked rows do not move as far as they must")

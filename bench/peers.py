@@ -20,10 +20,19 @@ Search = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to run forward and backward: z of x, and the parameters that get a gradient."""
+    """A layer to run forward and backward.
+
+    Attributes:
+        forward: from x to z.
+        parameters: what gets a gradient beside x.
+        codes: (K, D) as they are at the time; None where it does not show them.
+        curve: it quantizes to points between codes.
+    """
 
     forward: Callable[[Tensor], Tensor]
     parameters: tuple[Tensor, ...] = ()
+    codes: Callable[[], Tensor] | None = None
+    curve: bool = False
 
 
 Make = Callable[[Tensor, Sequence[Tensor]], Search | Layer]
@@ -37,6 +46,9 @@ class Contender:
         name: for people and for comparisons of files; ours begin with `OURS`.
         make: from codes (K, D) and all inputs it will see to a `Search` or a `Layer`; what it does is not timed.
         exact: it promises the float64 argmin.
+        prepared: a part of the search was done before and is not timed.
+        function: that a layer of ours runs; what the reference gives for it is what the layer must give.
+        most_pairs: rows times codes from which on it is left out, unless it is asked for by name.
         captured: it is also measured as a CUDA graph.
         compiles: it needs seconds of a compiler first.
         bytes_per_pair: of the memory it needs for each row and code.
@@ -46,6 +58,9 @@ class Contender:
     name: str
     make: Make
     exact: bool = False
+    prepared: bool = False
+    function: str | None = None
+    most_pairs: float = float("inf")
     captured: bool = False
     compiles: bool = False
     bytes_per_pair: float = 0.0
@@ -95,16 +110,26 @@ def step(layer: Layer, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     return z.detach().view(x.shape), *(g for g in grads if g is not None)
 
 
-def bind(
-    contender: Contender, codes: Tensor, inputs: Sequence[Tensor], grad: Tensor
-) -> Callable[[Tensor], object]:
+@dataclass(frozen=True)
+class Bound:
+    """What is called with x, or with its first rows, and the layer it is a step of."""
+
+    call: Callable[[Tensor], object]
+    layer: Layer | None = None
+
+    def __call__(self, x: Tensor) -> object:
+        return self.call(x)
+
+
+def bind(contender: Contender, codes: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> Bound:
     """What is called with x, or with its first rows: a search, or a step of a layer; in the instruction set it wants."""
     made = contender.make(codes, inputs)
 
     def run(x: Tensor) -> object:
         return step(made, x, grad[: len(x)]) if isinstance(made, Layer) else made(x)
 
-    return run if contender.isa is None else forced(run, contender.isa)
+    call = run if contender.isa is None else forced(run, contender.isa)
+    return Bound(call, made if isinstance(made, Layer) else None)
 
 
 def forced(run: Callable[[Tensor], object], isa: str) -> Callable[[Tensor], object]:

@@ -22,6 +22,19 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 OURS, OURS_ON_AVX2, FAISS = "vqkernels native", "vqkernels native avx2", "faiss-cpu IndexFlatL2"
 LAYER, CURVE = "vqkernels diveq", "vqkernels sf_diveq"
 
+# calls whose median is worth the name, the sign of fewer, and what is said of it under a table
+FEWEST, FEW = 3, " †"
+NOTE = "† one or two calls; where one takes very long, that which was checked, before the others were timed."
+CHECKS = (
+    "Before they are timed, all rows of the searches are compared with float64, which ours must equal. Of our layers "
+    "z and both gradients are held to float64 within bounds of rounding (2048 rows at either end of a batch; of the "
+    "whole batch the sum of both gradients); of peers' layers some rows must move as far as the nearest of their "
+    "codes is (SF: move, and no farther than a code), with gradients that are finite."
+)
+EMA = (
+    "The EMA peer updates its codebook inside the timed forward and computes no gradient of it; ours computes that "
+    "gradient."
+)
 # heads of columns, in their order; the version is that of the distribution
 SEARCHES = {
     FAISS: "faiss-cpu {faiss-cpu}",
@@ -58,9 +71,7 @@ def markdown(found: Iterable[Record], dtype: str = "float32", *, root: Path = RO
 
 def peak(measured: Iterable[Record]) -> float | None:
     """The most that a run saw of what its dot products can reach, TFLOP/s: later measurements know better."""
-    return max(
-        (float(r["tensor_floor_tflops"]) for r in measured if r.get("tensor_floor_tflops")), default=None
-    )
+    return max((float(r["floor_tflops"]) for r in measured if r.get("floor_tflops")), default=None)
 
 
 def _preface(measured: Sequence[Record]) -> str:
@@ -72,8 +83,8 @@ def _preface(measured: Sequence[Record]) -> str:
     )
     where = f"{last.get('threads')} cores ({last.get('cpu') or last['machine']}, {last['isa']})"
     words = (
-        f"Medians of interleaved calls in one process, {last['dtype']} inputs, {where}, every result checked "
-        f"before it was timed, packing included. Times relative to ours (N rows, K codes, D features)."
+        f"Medians of interleaved calls in one process, {last['dtype']} inputs, {where}, packing included; times "
+        f"relative to ours (N rows, K codes, D features). {CHECKS}"
     )
     if told:
         words += f" GFLOP/s that dot products in registers reach here: {told}; the share is of the largest."
@@ -92,13 +103,14 @@ def _searches(search: Sequence[Record], dtype: str) -> str:
     ]
     for shape in shapes:
         mine = by_key.get((shape, OURS))
-        time, share = ("-", "-") if mine is None else (_ms(mine), _percent(mine, largest))
-        rows.append([_shape(shape), time, share, *(_ratio(over[name].get(shape)) for name in names)])
+        time, share = ("-", "-") if mine is None else (_ms(mine) + _few(mine), _percent(mine, largest))
+        cells = [_ratio(over[name].get(shape)) + _few(by_key.get((shape, name))) for name in names]
+        rows.append([_shape(shape), time, share, *cells])
     rows.append(["geometric mean", "1x", "", *(_mean(over[name].values(), len(shapes)) for name in names)])
     for words, tell in (("most memory", _most_memory), ("equal to float64", _least_agreement)):
         cells = [tell([each for each in search if each["name"] == name]) for name in (OURS, *names)]
         rows.append([words, cells[0], "", *cells[1:]])
-    return _table(rows)
+    return _noted(rows)
 
 
 def _forced(search: Sequence[Record], dtype: str) -> str:
@@ -120,13 +132,26 @@ def _layers(layer: Sequence[Record], dtype: str) -> str:
         cells = []
         for name in (LAYER, CURVE):
             mine = by_key.get((shape, name))
-            cells.append("-" if mine is None else f"{_ms(mine)}, {_memory(mine)}")
+            cells.append("-" if mine is None else f"{_ms(mine)}{_few(mine)}, {_memory(mine)}")
         for name in names:
             theirs = by_key.get((shape, name))
             ratio = ratios(layer, "layer", dtype, LAYERS[name][1], name).get(shape)
-            cells.append("-" if theirs is None or ratio is None else f"{_ratio(ratio)}, {_memory(theirs)}")
+            known = theirs is not None and ratio is not None
+            cells.append(f"{_ratio(ratio)}{_few(theirs)}, {_memory(theirs)}" if known else "-")
         rows.append([_shape(shape), *cells])
-    return _table(rows)
+    ema = any("EMA" in name for name in names)
+    return _noted(rows, *([textwrap.fill(EMA, 120)] if ema else []))
+
+
+def _few(record: Record | None) -> str:
+    """The sign of a median of few calls; records that do not tell are not marked."""
+    return FEW if record is not None and int(record.get("rounds", FEWEST)) < FEWEST else ""
+
+
+def _noted(rows: Sequence[Sequence[str]], *notes: str) -> str:
+    """A table, and under it what is to be said of it."""
+    few = any(FEW in cell for row in rows for cell in row)
+    return "\n\n".join([_table(rows), *([NOTE] if few else []), *notes])
 
 
 class _Versions(dict):

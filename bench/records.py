@@ -23,6 +23,8 @@ Shape = tuple[int, int, int]
 
 # case of lines that sum up a run
 SUMMARY = "summary"
+# names of fields that had others, by the old ones
+RENAMED = {"tensor_floor_tflops": "floor_tflops", "hbm_tbs": "copy_tbs", "tensor_share": "peak_share"}
 # what makes two measurements the same measurement
 KEY = ("case", "shape", "dtype", "name")
 
@@ -70,8 +72,8 @@ def floor_fields(floors: Floors) -> Record:
     fields: Record = {
         "launch_floor_ms": floors.launch_ms,
         "replay_floor_ms": floors.replay_ms,
-        "tensor_floor_tflops": tera(floors.flops),
-        "hbm_tbs": tera(floors.bandwidth),
+        "floor_tflops": tera(floors.flops),
+        "copy_tbs": tera(floors.bandwidth),
     }
     return fields | (
         {"peaks_tflops": {k: tera(rate) for k, rate in floors.kinds.items()}} if floors.kinds else {}
@@ -81,7 +83,7 @@ def floor_fields(floors: Floors) -> Record:
 def floors_line(floors: Floors, facts: Record) -> str:
     """What the device can do at most, for people."""
     words = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}: "
-    words += f"{tera(floors.flops):.3g} TFLOP/s, {tera(floors.bandwidth):.2g} TB/s"
+    words += f"{tera(floors.flops):.3g} TFLOP/s, copies {1e-9 * (floors.bandwidth or 0):.3g} GB/s"
     if floors.kinds:
         words += (
             " (" + ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in floors.kinds.items()) + ")"
@@ -116,8 +118,8 @@ def measurement(
     """Describe the timed rounds of one contender; `over` is the median it is compared with."""
     n, k, d = shape
     median = statistics.median(times)
-    tensor, memory = bounds_ms(case, shape, dtype.itemsize, floors)
-    bound = None if tensor is None or memory is None else max(tensor, memory)
+    products, memory = bounds_ms(case, shape, dtype.itemsize, floors)
+    bound = None if products is None or memory is None else max(products, memory)
     return {
         "case": case,
         "shape": list(shape),
@@ -129,7 +131,7 @@ def measurement(
         "rounds": len(times),
         "over_ours": round(median / over, 3),
         "tflops": round(2e-9 * n * k * d / median, 4),
-        "tensor_share": None if tensor is None else round(tensor / median, 4),
+        "peak_share": None if products is None else round(products / median, 4),
         "floor_share": None if bound is None else round(bound / median, 4),
         "floor_ms": None if bound is None else round(bound, 5),
         **extra,
@@ -142,10 +144,10 @@ def line(record: Record) -> str:
         f"  {record['name']!s:36s} {record['ms_p50']:10.3f} ms  ({record['ms_min']:.3f} to {record['ms_max']:.3f})"
         f" {record['rounds']:3d} rounds {record['over_ours']:7.2f}x"
     ]
-    if record.get("tensor_share") is not None:
+    if record.get("peak_share") is not None:
         rate = float(record["tflops"])
         shown = f"{rate:6.1f} TFLOP/s" if rate >= 10 else f"{1e3 * rate:6.0f} GFLOP/s"
-        words.append(f"{shown} {record['tensor_share']:6.1%}")
+        words.append(f"{shown} {record['peak_share']:6.1%}")
     if record.get("graph_ms") is not None:
         words.append(f"graph {record['graph_ms']:.4f} ms")
     if record.get("extra_mb") is not None:
@@ -175,7 +177,7 @@ def read(path: Path) -> tuple[list[Record], int]:
             malformed += 1
             continue
         if _is_record(value):
-            found.append(value)
+            found.append({RENAMED.get(name, name): field for name, field in value.items()})
         else:
             malformed += 1
     return found, malformed
@@ -209,7 +211,7 @@ def timed(records: Iterable[Record]) -> dict[tuple, Record]:
 
 
 def table(records: Iterable[Record]) -> str:
-    """Milliseconds of every contender, one row per shape; of ours with the share of the tensor floor."""
+    """Milliseconds of every contender, one row per shape; with the share of the largest rate of dot products."""
     records = list(records)
     by_case: dict[tuple, dict[tuple, dict[str, Record]]] = {}
     for (case, shape, dtype, name), record in timed(records).items():
@@ -220,7 +222,7 @@ def table(records: Iterable[Record]) -> str:
         heads = [short(name) for name in names]
         cells = [[_cell(row.get(name)) for name in names] for row in rows.values()]
         widths = [max(len(s), *(len(row[i]) for row in cells)) for i, s in enumerate(heads)]
-        lines.append(f"{case} {dtype}, ms (share of the tensor floor)")
+        lines.append(f"{case} {dtype}, ms (share of the dot-product peak)")
         lines.append(f"{'N,K,D':20s}" + " ".join(f"{s:>{w}}" for s, w in zip(heads, widths, strict=True)))
         for shape, row in zip(rows, cells, strict=True):
             told = " ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
@@ -262,4 +264,4 @@ def _cell(record: Record | None) -> str:
     if record is None:
         return "-"
     shown = f"{record['ms_p50']:.3g}"
-    return shown if record.get("tensor_share") is None else f"{shown} {record['tensor_share']:.0%}"
+    return shown if record.get("peak_share") is None else f"{shown} {record['peak_share']:.0%}"

@@ -28,8 +28,9 @@ import torch
 from layers import layers
 from options import Shape, parse
 from oracle import Oracle
-from peers import OURS, Contender, bind, missing, versions
+from peers import OURS, Bound, Contender, bind, missing, versions
 from searches import searches
+from steps import Steps
 from timing import CAPTURED, Clock, Failure, Floors, attempt, clock_of, interleaved, spread_out
 from torch import Tensor
 
@@ -42,10 +43,10 @@ SHORT = 1.0
 # seconds of a single call of a peer that leave no time to measure it, where they are much of the case's; on a CPU,
 # where there is no such share, seconds from which on one round must do
 SLOW = 2.0
-# from so many on, the call that was checked is the measurement
-LONG = 10.0
-# rounds on a CPU, and the part of the rows that tells what a call of all will take
-FEWEST, MOST, TRIED = 3, 25, 32
+# from so many on, the call that was checked is the measurement; of those that a run is judged by
+LONG, LONGEST = 10.0, 40.0
+# rounds of a long call that a run is judged by, rounds on a CPU, and the part of the rows that tells what a call of all will take
+TWICE, FEWEST, MOST, TRIED = 2, 3, 25, 32
 # processes that want to run, per thread of ours, from which on a word is due
 BUSY = 0.5
 
@@ -194,7 +195,7 @@ class Bench:
         inputs = [torch.randn(n, d, device=self.device).to(dtype) for _ in range(sets)]
         codes = torch.randn(k, d, device=self.device).to(dtype)
         grad = torch.randn(n, d, device=self.device).to(dtype)
-        oracle = Oracle(inputs[0], codes)
+        oracle, steps = Oracle(inputs[0], codes), Steps(inputs[0], codes, grad)
         good: dict[str, Checked] = {}
         for contender in self.contenders(case, dtype):
             reason = self.why_not(contender, shape, share - (time.perf_counter() - began))
@@ -207,7 +208,9 @@ class Bench:
                 if reason is not None:
                     self.skip(contender.name, f"{where}: {reason}")
                     continue
-                run = attempt(partial(self.check, case, contender, run, inputs[0], oracle))
+                run = attempt(
+                    partial(self.check, contender, run, inputs[0], oracle if case == "search" else steps)
+                )
             if isinstance(run, Failure):
                 self.fail(contender, where, run.reason)
             elif run.seconds > max(SLOW, share / 5) and not (contender.ours or contender.compiles):
@@ -232,6 +235,8 @@ class Bench:
         needs = contender.bytes_per_pair * shape[0] * shape[1]
         if free is not None and needs > 0.8 * free:
             return f"it would need {needs / 1e9:.0f} GB of {free / 1e9:.0f} GB"
+        if shape[0] * shape[1] > contender.most_pairs and self.options.names is None:
+            return "its calls take too long at this size for a default run; --names asks for it"
         if contender.compiles and (self.options.no_compile or left < 8):
             return "no time to compile"
         return None if contender.ours or left > 0 else "no time left"
@@ -252,25 +257,20 @@ class Bench:
             return None
         return f"a call would take about {seconds:.0f} s, more than {self.options.cutoff:.0f} s"
 
-    def check(
-        self, case: str, contender: Contender, run: Callable[[Tensor], Any], x: Tensor, oracle: Oracle
-    ) -> Checked:
+    def check(self, contender: Contender, run: Bound, x: Tensor, judge: Oracle | Steps) -> Checked:
         """Run once, compare with float64; raises where the result is not what was promised."""
+        if isinstance(judge, Steps):
+            judge.begin(run.layer)
         began = time.perf_counter()
-        result = run(x)
+        result: Any = run(x)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         checked = Checked(contender, run, time.perf_counter() - began)
-        if case == "search":
-            share, rows = oracle.check_search(result, contender.exact)
-            checked.facts |= {"agreement": share, "agreement_rows": rows}
+        if isinstance(judge, Steps):
+            judge.check(contender, run, result)
             return checked
-        z, *grads = result
-        if z.shape != x.shape or not all(t.isfinite().all() for t in (z, *grads)):
-            raise ValueError("output or gradient of another shape, or not finite")
-        # the points of a dithered curve are another matter, for the tests
-        if contender.ours and not contender.name.endswith("sf_diveq"):
-            oracle.check_step(z)
+        share, rows = judge.check_search(result, contender.exact)
+        checked.facts |= {"agreement": share, "agreement_rows": rows}
         return checked
 
     def time(
@@ -297,12 +297,7 @@ class Bench:
         for name, values in times.items():
             values += [] if values else [1e3 * good[name].seconds]
         medians = {name: statistics.median(values) for name, values in times.items()}
-        ours = [
-            medians[name]
-            for name, each in ((name, good[name].contender) for name in times)
-            if each.ours and each.isa is None and (case == "layer" or each.exact)
-        ]
-        over = min(ours or medians.values(), default=1.0)
+        bases = {name: median for name, median in medians.items() if is_base(good[name].contender, case)}
         self.measure_memory(case, dtype, shape, [good[name] for name in times], inputs)
         for name, values in times.items():
             facts = good[name].facts | self.beside(good[name], inputs, medians[name], where)
@@ -313,7 +308,7 @@ class Bench:
                 name,
                 values,
                 floors=self.floors,
-                over=over,
+                over=base_of(name, case, bases, medians),
                 extra=facts | self.tags | self.facts,
             )
             self.measured.append(found)
@@ -321,12 +316,14 @@ class Bench:
             print(records.line(found), flush=True)
 
     def rounds(self, checked: Checked) -> int:
-        """Rounds of a contender on a CPU: what fits into its time, one or none more for whom a call is long."""
-        if checked.seconds > LONG and self.options.rounds is None:
-            return 0
+        """Rounds of a contender on a CPU: what fits into its time, few or none more where a call is long."""
         # a ratio that a run is judged by is never that of a single call
-        held = checked.contender.name in summary.SEARCHES or checked.contender.exact
-        if checked.seconds > SLOW and not held:
+        judged = checked.contender.ours or checked.contender.name in summary.SEARCHES + summary.LAYERS
+        if checked.seconds > (LONGEST if judged else LONG) and self.options.rounds is None:
+            return 0
+        if checked.seconds > LONG and self.options.rounds is None:
+            return TWICE
+        if checked.seconds > SLOW and not judged:
             return 1 if self.options.rounds is None else min(self.options.rounds, 2)
         if self.options.rounds is not None:
             return self.options.rounds
@@ -369,6 +366,18 @@ class Bench:
             elif replayed is not None:
                 found["graph_ms"] = round(replayed, 5)
         return found
+
+
+def is_base(contender: Contender, case: str) -> bool:
+    """Whether it is one of ours that others are compared with: whole, in the best instruction set, and exact."""
+    whole = contender.ours and contender.isa is None and not contender.prepared
+    return whole and (case == "layer" or contender.exact)
+
+
+def base_of(name: str, case: str, bases: dict[str, float], medians: dict[str, float]) -> float:
+    """The median that one is compared with: of ours that do what it does; without any, the least of all."""
+    alike = [ms for ours, ms in bases.items() if case == "search" or summary.alike(ours, name)]
+    return min(alike or bases.values() or medians.values())
 
 
 def turning(run: Call, inputs: Sequence[Tensor]) -> Callable[[], object]:

@@ -123,7 +123,9 @@ def searches(device: torch.device, dtype: torch.dtype, isas: Sequence[str] = ())
         found.append(Contender(name, _ours(backend), exact=True, captured=True))
         if device.type == "cuda":
             found.append(Contender(f"{name} fast", _ours(backend, exact=False), captured=True))
-        found.append(Contender(f"{name} prepared", _prepared(backend), exact=True, captured=True))
+        found.append(
+            Contender(f"{name} prepared", _prepared(backend), exact=True, prepared=True, captured=True)
+        )
         if backend == "native" and device.type == "cpu":
             found += [Contender(f"{name} {isa}", _ours(backend), exact=True, isa=isa) for isa in isas]
     whole = 2 * dtype.itemsize

@@ -19,10 +19,14 @@ LAYERS = (
 )
 
 
+def alike(ours: str, other: str) -> bool:
+    """Whether both quantize to the curve, or both to the codes."""
+    return ("sf_diveq" in ours) == ("sf_diveq" in other or "SF" in other)
+
+
 def comparable(ours: str, peer: str) -> bool:
     """Whether a peer does what ours does: the curve is compared with the curve."""
-    curves = ("sf_diveq" in ours, "SF" in peer)
-    return curves[0] == curves[1] or not peer.startswith("diveq")
+    return alike(ours, peer) or not peer.startswith("diveq")
 
 
 def ratios(measured: Iterable[Record], case: str, dtype: str, ours: str, peer: str) -> dict[tuple, float]:

@@ -79,7 +79,12 @@ class HostClock:
         return None
 
     def floors(self, dtype: torch.dtype) -> Floors:
-        """Rates of dot products in registers, or where nothing was compiled of matrix products, and of a copy."""
+        """Rates of dot products in registers, or where nothing was compiled of matrix products, and of a copy.
+
+        Rates in registers can only be too high, and shares of them too low: their operands are zeros, which cost
+        less power and may leave a core a higher clock, and where one thread takes the tasks of two, each is timed as
+        if the other core were busy beside it.
+        """
         kinds = native.peaks(_HOST_SECONDS) or {
             str(kind).removeprefix("torch."): self._product(kind) for kind in (torch.float32, torch.bfloat16)
         }

@@ -81,17 +81,6 @@ def test_few_calls_are_spread_among_many():
     assert list(times) == ["a", "b"] and failed == {"c": "ZeroDivisionError: division by zero"}
 
 
-def test_rounds_follow_the_time_of_a_call():
-    peer = peers.Contender("peer", None)
-    bench = run.Bench(options.parse(["--each", "3"]))
-    rounds = {t: bench.rounds(run.Checked(peer, None, t)) for t in (0.001, 0.25, 1.9, 2.1, 30.0)}
-    # the last is measured by the call that was checked
-    assert rounds == {0.001: run.MOST, 0.25: 12, 1.9: run.FEWEST, 2.1: 1, 30.0: 0}
-    assert bench.rounds(run.Checked(peers.Contender("faiss-cpu IndexFlatL2", None), None, 2.1)) == run.FEWEST
-    bench = run.Bench(options.parse(["--rounds", "7"]))
-    assert [bench.rounds(run.Checked(peer, None, t)) for t in (0.1, 30.0)] == [7, 2]
-
-
 def test_a_call_that_takes_long_is_measured_while_it_is_checked(tmp_path, monkeypatch):
     calls = []
 
@@ -212,7 +201,7 @@ def test_who_is_lost_with_its_process_does_not_hide_the_rest(monkeypatch):
 def measured(name, ms, case="search", shape=(4096, 512, 64), **fields):
     n, k, d = shape
     times = {"ms_p50": ms, "ms_min": ms, "ms_max": ms, "tflops": 2e-9 * n * k * d / ms}
-    told = {"tensor_floor_tflops": 1.0, "peaks_tflops": {"float32": 0.5, "int16": 1.0}, "extra_mb": 3.0}
+    told = {"floor_tflops": 1.0, "peaks_tflops": {"float32": 0.5, "int16": 1.0}, "extra_mb": 3.0}
     told |= {
         "peers": {"faiss-cpu": "1.15.1"},
         "machine": "x86_64",
@@ -273,6 +262,15 @@ def test_the_tables_of_the_readme(tmp_path):
     assert "| equal to float64 | 100 % |  | 99.999 % | 100 % |" in lines
     assert "| (4096, 512, 64) | 5 ms, 3 MB | 10 ms, 3 MB | 10x, 1.2 GB | 6.0x, < 1 MB |" in lines
     assert readme.markdown([]) == ""
+    assert readme.NOTE not in text and readme.EMA not in flat
+
+
+def test_the_tables_mark_medians_of_few_calls(tmp_path):
+    ema = measured("vector-quantize-pytorch (EMA)", 50.0, case="layer", rounds=2)
+    found = [*FOUND, ema, measured("pykeops", 30.0, shape=(64, 32, 8), rounds=1)]
+    text = readme.markdown(found, root=tmp_path)
+    assert "| (64, 32, 8) | 2 ms | 0 % | **0.50x** | 15x † |" in text and "| 10x †, 3 MB |" in text
+    assert text.count(readme.NOTE) == 2 and readme.EMA in " ".join(text.split())
 
 
 def test_the_tables_replace_what_is_between_the_marks(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sanitize import Inputs
+from every_op import Inputs
 
 from vqkernels.ops import OPS
 

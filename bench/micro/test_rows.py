@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import every_op
 import pytest
-import sanitize
 import torch
 
 import vqkernels as vq
@@ -11,7 +11,7 @@ from vqkernels.ops import OPS
 from vqkernels.ops.directional import DIRECTIONS
 from vqkernels.ops.philox import philox_op
 
-SEED = torch.tensor(sanitize.SEED)
+SEED = torch.tensor(every_op.SEED)
 
 
 @pytest.fixture(params=("code", "curve"))
@@ -24,27 +24,27 @@ def arguments(request, inputs):
     index = (torch.arange(n) % (k - 1 if curve else k)).view(leading)
     at = None if position is None else position.view(leading)
     noisy = DIRECTIONS.index("noisy")
-    return (inputs.on_x, inputs.on_codes, index, at, SEED, noisy, sanitize.NOISE, 0), curve
+    return (inputs.on_x, inputs.on_codes, index, at, SEED, noisy, every_op.NOISE, 0), curve
 
 
 def test_directional(benchmark, inputs, arguments, need):
     need("directional")
     given, curve = arguments
-    sanitize.move(inputs, "native", "noisy", curve)
+    every_op.move(inputs, "native", "noisy", curve)
     benchmark(lambda: OPS["directional"](*given, backend="native"))
 
 
 def test_directional_backward(benchmark, inputs, arguments, need):
     need("directional_backward")
     given, curve = arguments
-    sanitize.move(inputs, "native", "noisy", curve)
+    every_op.move(inputs, "native", "noisy", curve)
     grad = inputs.grad.view(inputs.on_x.shape)
     benchmark(lambda: OPS["directional_backward"](grad, *given, backend="native"))
 
 
 def test_code_sums(benchmark, inputs, need):
     need("code_sums")
-    sanitize.sums(inputs, "native")
+    every_op.sums(inputs, "native")
     indices = (torch.arange(len(inputs.x)) % len(inputs.codes)).view(inputs.on_x.shape[:-1])
     benchmark(lambda: vq.code_sums(inputs.on_x, indices, len(inputs.codes), backend="native"))
 
@@ -53,6 +53,6 @@ def test_philox(benchmark, shape):
     reason = OPS["philox"].explain_for(SEED.device, ())["native"]
     if reason is not None:
         pytest.skip(f"philox: {reason}")
-    sanitize.words("native", SEED.device)
+    every_op.words("native", SEED.device)
     n, _, d = shape
     benchmark(lambda: philox_op(SEED, n, -(-d // 4), 0, 0, backend="native"))

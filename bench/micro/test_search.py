@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sanitize import same
+from every_op import same
 
 import vqkernels as vq
 from vqkernels.testing import brute_force, brute_force_segment

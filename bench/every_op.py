@@ -1,6 +1,6 @@
 """Run every op on every backend at small awkward shapes and compare with float64; made for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python bench/sanitize.py [--device cuda] [--seconds 40]
+    compute-sanitizer --tool memcheck python bench/every_op.py [--device cuda] [--seconds 40]
 
 The inputs are on the device, the expectations on the CPU, so that few kernels run that are not ours.
 """
