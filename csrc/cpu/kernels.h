@@ -8,8 +8,8 @@
 
 namespace vqk {
 
-// a code that can never win: not finite, or equal to an earlier one; one that is searched; one that is only
-// tried where a row is long enough
+// a code that can never win: not finite, or equal to an earlier one; one that is searched; one so long
+// that it is set apart
 enum Kind : uint8_t { kNever, kUsual, kFar };
 
 // codes as the search wants them; every array is owned by the caller
@@ -57,17 +57,19 @@ struct Polyline {
   const double* centre;     // (D padded to 8), taken from codes and rows alike
   double scale;             // power of two, brings centred codes near 1
   int exponent;             // log2 of scale
-  uint8_t* finite;          // (K)
+  uint8_t* kinds;           // (K) of Kind; kNever: not finite
   int64_t first_usable;     // -1: no segment has two finite codes
-  double* length;           // (K - 1), |c_{s+1} - c_s|^2
-  float* packed;            // (tiles, D, nodes + 1): the codes of each tile's segments
-  float* bias;              // (tiles, nodes + 1), -|c|^2 / 2
-  float* bends;             // (tiles, 3, nodes): see isa/nearest_segment.cpp
+  const int64_t* apart;     // segments of finite codes, of which one or both are far, in order
+  int64_t apart_count;
+  double* length;  // (K - 1), |c_{s+1} - c_s|^2
+  float* packed;   // (tiles, D, nodes + 1): the codes of each tile's segments
+  float* bias;     // (tiles, nodes + 1), -|c|^2 / 2
+  float* bends;    // (tiles, 3, nodes): see isa/nearest_segment.cpp
 };
 
-// maxima that bound the error of a segment's score, in scaled units; a chunk of codes fills one
+// maxima over usual codes, and segments of them, that bound the error of a score, in scaled units; a chunk of
+// codes fills one
 struct PolylineSpread {
-  double largest;      // of |c_d - centre_d|, unscaled
   double norm;         // of |c|
   double residual;     // of |c - float32(c)|
   double far;          // of |c| without its centring
@@ -144,7 +146,8 @@ struct NearestSegmentKernels {
   int rows;   // rows side by side
   // exact codes begin..end of `codebook` to `out` (float32, or float64 if wide)
   void (*copy)(const Rows& codebook, int64_t begin, int64_t end, bool wide, void* out);
-  void (*survey)(const Polyline& line, int64_t begin, int64_t end, PolylineSpread* spread);
+  // sets kinds, none far; norms: |c - centre| of those that are finite
+  void (*survey)(const Polyline& line, int64_t begin, int64_t end, double* norms);
   void (*pack)(const Polyline& line, int64_t tile_begin, int64_t tile_end, PolylineSpread* spread);
   size_t (*search_scratch)(int64_t features, int64_t rows);
   void (*search)(const SegmentSearch& search, int64_t begin, int64_t end, void* scratch);

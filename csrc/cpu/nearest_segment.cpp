@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -14,12 +16,26 @@ namespace {
 constexpr int64_t kCodes = 512;
 // codes that are looked at for their mean
 constexpr int64_t kSampled = 512;
+// of so many codes one may be far; and how much longer than the rest that makes it
+constexpr int64_t kFarShare = 64;
+constexpr double kFarRatio = 4;
 // rows and what is remembered of them stay in the second cache
 constexpr int64_t kBlockBytes = 3 << 17, kMemoBytes = 208, kMostRows = 1024;
 // open rows at a time
 constexpr int64_t kMostOpen = 64;
 
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// the norm beyond which a code is far
+double far_beyond(std::vector<double> norms) {
+  const int64_t most = static_cast<int64_t>(norms.size()) / kFarShare;
+  if (most == 0) return HUGE_VAL;
+  const double longest = *std::max_element(norms.begin(), norms.end());
+  const auto near_longest = [&](double norm) { return kFarRatio * norm >= longest; };
+  if (std::count_if(norms.begin(), norms.end(), near_longest) > most) return HUGE_VAL;
+  std::nth_element(norms.begin(), norms.begin() + most, norms.end(), std::greater<>());
+  return kFarRatio * norms[static_cast<size_t>(most)];
+}
 
 // the polyline as its search wants it, and the memory it lives in
 struct PackedLine {
@@ -32,8 +48,8 @@ struct PackedLine {
     line.features = d;
     take_rows(body, codebook);
     find_centre();
-    finite_ = memory<uint8_t>(k);
-    line.finite = finite_.get();
+    kinds_ = memory<uint8_t>(k);
+    line.kinds = kinds_.get();
     survey(body);
 
     const int64_t tiles = k / body.nodes + 1, at_once = std::max<int64_t>(1, kCodes / body.nodes);
@@ -68,8 +84,9 @@ struct PackedLine {
  private:
   Memory<char> rows_;
   Memory<double> centre_, length_;
-  Memory<uint8_t> finite_;
+  Memory<uint8_t> kinds_;
   Memory<float> packed_, bias_, bends_;
+  std::vector<int64_t> apart_;
 
   void take_rows(const NearestSegmentKernels& body, const Rows& codebook) {
     const int64_t d = line.features, k = line.count;
@@ -98,14 +115,24 @@ struct PackedLine {
     centre_ = memory<double>(length);
     line.centre = centre_.get();
     std::fill_n(centre_.get(), length, 0.0);
-    std::vector<double> mean(static_cast<size_t>(d), 0.0);
-    double squares = 0, used = 0;
+    std::vector<double> mean(static_cast<size_t>(d), 0.0), norms;
+    std::vector<int64_t> sampled;
     for (int64_t j = 0; j < line.count; j += parts_of(line.count, kSampled)) {
-      double square = 0;
-      for (int64_t f = 0; f < d; ++f) square += at(j, f) * at(j, f);
+      // sums side by side hide each other's latency
+      double sums[8] = {}, square = 0;
+      for (int64_t f = 0; f < d; ++f) sums[f % 8] += at(j, f) * at(j, f);
+      for (const double sum : sums) square += sum;
       if (!std::isfinite(square)) continue;
+      sampled.push_back(j);
+      norms.push_back(std::sqrt(square));
+    }
+    const double beyond = far_beyond(norms);
+    double squares = 0, used = 0;
+    for (size_t n = 0; n < sampled.size(); ++n) {
+      if (norms[n] > beyond) continue;
+      const int64_t j = sampled[n];
       used += 1;
-      squares += square;
+      squares += norms[n] * norms[n];
       for (int64_t f = 0; f < d; ++f) mean[static_cast<size_t>(f)] += at(j, f);
     }
     double square = 0;
@@ -118,17 +145,40 @@ struct PackedLine {
 
   void survey(const NearestSegmentKernels& body) {
     const int64_t k = line.count, tasks = parts_of(k, kCodes);
-    std::vector<PolylineSpread> parts(static_cast<size_t>(tasks));
+    const auto norms = memory<double>(k);
     each_task(tasks, 0, [&](int64_t task, void*) {
-      body.survey(line, task * kCodes, std::min(k, (task + 1) * kCodes), &parts[static_cast<size_t>(task)]);
+      body.survey(line, task * kCodes, std::min(k, (task + 1) * kCodes), norms.get());
     });
-    for (const PolylineSpread& part : parts) spread.largest = std::max(spread.largest, part.largest);
     line.first_usable = -1;
     for (int64_t s = 0; s + 1 < k && line.first_usable < 0; ++s)
-      if (line.finite[s] && line.finite[s + 1]) line.first_usable = s;
+      if (line.kinds[s] != kNever && line.kinds[s + 1] != kNever) line.first_usable = s;
+    const double reach = set_apart(norms.get());
     // beyond these powers float64 itself leaves its normal range
-    if (spread.largest > 0) line.exponent = std::clamp(-std::ilogb(spread.largest), -1000, 1000);
+    if (reach > 0) line.exponent = std::clamp(-std::ilogb(reach), -1000, 1000);
     line.scale = std::ldexp(1.0, line.exponent);
+  }
+
+  // a few codes much longer than the rest would leave the rest no precision; the norm of the longest left
+  double set_apart(const double* norms) {
+    std::vector<double> finite;
+    for (int64_t j = 0; j < line.count; ++j)
+      if (line.kinds[j] == kUsual) finite.push_back(norms[j]);
+    const double beyond = far_beyond(std::move(finite));
+    double reach = 0;
+    for (int64_t j = 0; j < line.count; ++j) {
+      if (line.kinds[j] != kUsual) continue;
+      if (norms[j] > beyond)
+        line.kinds[j] = kFar;
+      else
+        reach = std::max(reach, norms[j]);
+    }
+    for (int64_t s = 0; s + 1 < line.count; ++s) {
+      const bool usable = line.kinds[s] != kNever && line.kinds[s + 1] != kNever;
+      if (usable && (line.kinds[s] == kFar || line.kinds[s + 1] == kFar)) apart_.push_back(s);
+    }
+    line.apart = apart_.data();
+    line.apart_count = static_cast<int64_t>(apart_.size());
+    return reach;
   }
 };
 

@@ -29,6 +29,9 @@
 // of the real one: its t carries (2 D + 8) 2^-53 of the reach, the point it forms 2^-53 of the code's size.
 // So the winner has S'^ of its own, or v^ of its second node, at most 2 (F + T) below the best S'^. Rows with
 // a bound that is not finite, or outside the range that float32 and float64 hold, stay open.
+//
+// Segments with a far end are no part of any of this: their length would be every row's margin. They are few,
+// and each row that is decided compares its best with them in float64.
 #include "polyline.h"
 #include "segment_lanes.h"
 
@@ -67,17 +70,18 @@ VQK_INLINE void answer(const SegmentSearch& s, int64_t row, const Nearest& best)
 }
 
 struct Block {
-  double* raw;    // (rows, ld): x
-  float* packed;  // (rows / kRows, D, kRows): xh
-  Memo* memos;    // (rows / kWidth)
-  float* margin;  // (rows): 2 (F + T)
-  Nearest* best;  // (rows)
+  double* raw;      // (rows, ld): x
+  float* packed;    // (rows / kRows, D, kRows): xh
+  Memo* memos;      // (rows / kWidth)
+  float* margin;    // (rows): 2 (F + T)
+  Nearest* best;    // (rows)
+  Column* columns;  // (D)
 };
 
 size_t search_scratch(int64_t d, int64_t rows) {
   const int64_t n = padded(rows, kRows);
   return (size_t)(n * (padded(d, 8) * 8 + d * 4 + 4 + (int64_t)sizeof(Nearest)) +
-                  n / kWidth * (int64_t)sizeof(Memo) + 5 * 64);
+                  n / kWidth * (int64_t)sizeof(Memo) + d * (int64_t)sizeof(Column) + 6 * 64);
 }
 
 Block divide(void* scratch, int64_t d, int64_t rows) {
@@ -89,6 +93,7 @@ Block divide(void* scratch, int64_t d, int64_t rows) {
   b.memos = (Memo*)take(at, n / kWidth * (int64_t)sizeof(Memo));
   b.margin = (float*)take(at, n * 4);
   b.best = (Nearest*)take(at, n * (int64_t)sizeof(Nearest));
+  b.columns = (Column*)take(at, d * (int64_t)sizeof(Column));
   return b;
 }
 
@@ -269,7 +274,7 @@ struct Jobs {
     const unsigned in_tile = (1u << kNodes) - 1;
     for (unsigned left = (own & in_tile) << 1 | (ends & in_tile); left; left &= left - 1) {
       const int64_t segment = before + __builtin_ctz(left);
-      if (usable(line, segment)) open.add(from.row, from.best, segment);
+      if (searched(line, segment)) open.add(from.row, from.best, segment);
     }
   }
 };
@@ -317,6 +322,7 @@ void settle(const SegmentSearch& s, const Block& b, int64_t begin, int64_t rows,
   }
   jobs.flush();
   open.flush();
+  project_apart<C>(s.line, b.raw, ld, rows, b.margin, b.columns, b.best);
   for (int64_t r = 0; r < rows; ++r) {
     if (b.margin[r] < kInfF)
       answer(s, begin + r, b.best[r]);

@@ -25,7 +25,12 @@ constexpr int kMostExponent = 300;
 constexpr double kShortest = 0x1p-150;
 
 VQK_INLINE bool usable(const Polyline& line, int64_t s) {
-  return s >= 0 && s + 1 < line.count && line.finite[s] && line.finite[s + 1];
+  return s >= 0 && s + 1 < line.count && line.kinds[s] != kNever && line.kinds[s + 1] != kNever;
+}
+
+// usable, and not set apart
+VQK_INLINE bool searched(const Polyline& line, int64_t s) {
+  return s >= 0 && s + 1 < line.count && line.kinds[s] == kUsual && line.kinds[s + 1] == kUsual;
 }
 
 void copy_codes(const Rows& codebook, int64_t begin, int64_t end, bool wide, void* out) {
@@ -37,29 +42,32 @@ void copy_codes(const Rows& codebook, int64_t begin, int64_t end, bool wide, voi
 }
 
 template <class C>
-void survey_codes(const Polyline& line, int64_t begin, int64_t end, PolylineSpread* spread) {
+void survey_codes(const Polyline& line, int64_t begin, int64_t end, double* norms) {
   const int64_t d = line.features;
-  d8 most = {};
   for (int64_t j = begin; j < end; ++j) {
     const C* const c = (const C*)line.rows + j * d;
-    line.finite[j] = finite(c, d);
-    if (!line.finite[j]) continue;
+    line.kinds[j] = finite(c, d) ? kUsual : kNever;
+    if (line.kinds[j] == kNever) continue;
+    // two sums hide each other's latency
+    d8 squares = {}, others = {};
     int64_t k = 0;
-    for (; k + 8 <= d; k += 8) {
-      const d8 v = load8(c + k) - load8(line.centre + k), a = v < 0 ? -v : v;
-      most = a > most ? a : most;
+    for (; k + 16 <= d; k += 16) {
+      const d8 v = load8(c + k) - load8(line.centre + k), w = load8(c + k + 8) - load8(line.centre + k + 8);
+      squares += v * v;
+      others += w * w;
     }
+    double square = sum(squares + others);
     for (; k < d; ++k) {
-      const double a = __builtin_fabs((double)c[k] - line.centre[k]);
-      most[0] = a > most[0] ? a : most[0];
+      const double v = (double)c[k] - line.centre[k];
+      square += v * v;
     }
+    norms[j] = __builtin_sqrt(square);
   }
-  for (int q = 0; q < 8; ++q) spread->largest = most[q] > spread->largest ? most[q] : spread->largest;
 }
 
-void survey(const Polyline& line, int64_t begin, int64_t end, PolylineSpread* spread) {
-  return line.wide ? survey_codes<double>(line, begin, end, spread)
-                   : survey_codes<float>(line, begin, end, spread);
+void survey(const Polyline& line, int64_t begin, int64_t end, double* norms) {
+  return line.wide ? survey_codes<double>(line, begin, end, norms)
+                   : survey_codes<float>(line, begin, end, norms);
 }
 
 // a maximum that a NaN replaces and then stays
@@ -115,11 +123,11 @@ void pack_bends(const Polyline& line, int64_t tile, double& longest) {
     for (int p = 0; p < kSums && first + p < kNodes; ++p) {
       const int64_t s = tile * kNodes - 1 + first + p;
       float* const bend = bends + first + p;
-      // a node that ends a usable segment stands for itself; any other scores NaN, which never wins
-      const float level = usable(line, s - 1) ? 0 : __builtin_nanf("");
+      // a node that ends a searched segment stands for itself; any other scores NaN, which never wins
+      const float level = searched(line, s - 1) ? 0 : __builtin_nanf("");
       bend[0] = 0, bend[kNodes] = 0, bend[2 * kNodes] = level;
-      if (!usable(line, s)) continue;
-      line.length[s] = length[p];
+      if (usable(line, s)) line.length[s] = length[p];
+      if (!searched(line, s)) continue;
       const double half = 0.5 * length[p] * line.scale * line.scale;
       grow(longest, half);
       bend[2 * kNodes] = 0;
@@ -141,7 +149,7 @@ void pack_tiles(const Polyline& line, int64_t tile_begin, int64_t tile_end, Poly
       const int64_t j = tile * kNodes - 1 + end;
       float* const out = line.packed + tile * d * kEnds + end;
       float* const bias = line.bias + tile * kEnds + end;
-      if (j < 0 || j >= line.count || !line.finite[j]) {
+      if (j < 0 || j >= line.count || line.kinds[j] != kUsual) {
         for (int64_t k = 0; k < d; ++k) out[k * kEnds] = 0;
         *bias = 0;
         continue;
