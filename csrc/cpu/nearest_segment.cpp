@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "far.h"
 #include "isa.h"
 #include "ops.h"
 #include "parallel.h"
@@ -16,26 +17,14 @@ namespace {
 constexpr int64_t kCodes = 512;
 // codes that are looked at for their mean
 constexpr int64_t kSampled = 512;
-// of so many codes one may be far; and how much longer than the rest that makes it
+// of so many codes one may be far
 constexpr int64_t kFarShare = 64;
-constexpr double kFarRatio = 4;
 // rows and what is remembered of them stay in the second cache
 constexpr int64_t kBlockBytes = 3 << 17, kMemoBytes = 208, kMostRows = 1024;
 // open rows at a time
 constexpr int64_t kMostOpen = 64;
 
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// the norm beyond which a code is far
-double far_beyond(std::vector<double> norms) {
-  const int64_t most = static_cast<int64_t>(norms.size()) / kFarShare;
-  if (most == 0) return HUGE_VAL;
-  const double longest = *std::max_element(norms.begin(), norms.end());
-  const auto near_longest = [&](double norm) { return kFarRatio * norm >= longest; };
-  if (std::count_if(norms.begin(), norms.end(), near_longest) > most) return HUGE_VAL;
-  std::nth_element(norms.begin(), norms.begin() + most, norms.end(), std::greater<>());
-  return kFarRatio * norms[static_cast<size_t>(most)];
-}
 
 // the polyline as its search wants it, and the memory it lives in
 struct PackedLine {
@@ -126,7 +115,7 @@ struct PackedLine {
       sampled.push_back(j);
       norms.push_back(std::sqrt(square));
     }
-    const double beyond = far_beyond(norms);
+    const double beyond = far_beyond(norms, kFarShare);
     double squares = 0, used = 0;
     for (size_t n = 0; n < sampled.size(); ++n) {
       if (norms[n] > beyond) continue;
@@ -163,7 +152,7 @@ struct PackedLine {
     std::vector<double> finite;
     for (int64_t j = 0; j < line.count; ++j)
       if (line.kinds[j] == kUsual) finite.push_back(norms[j]);
-    const double beyond = far_beyond(std::move(finite));
+    const double beyond = far_beyond(std::move(finite), kFarShare);
     double reach = 0;
     for (int64_t j = 0; j < line.count; ++j) {
       if (line.kinds[j] != kUsual) continue;

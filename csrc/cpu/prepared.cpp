@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 
+#include "far.h"
 #include "parallel.h"
 
 namespace vqk::cpu {
@@ -11,9 +12,8 @@ namespace {
 
 // codes at a time in the passes over the codebook
 constexpr int64_t kCodes = 512;
-// of so many codes one may be far; and how much longer than the rest that makes it
+// of so many codes one may be far
 constexpr int64_t kFarShare = 16;
-constexpr double kFarRatio = 4;
 // codes that the centre is taken from
 constexpr int64_t kSample = 128;
 
@@ -254,10 +254,7 @@ void Prepared::set_apart(const double* norms) {
     if (codes.kinds[j] == kUsual) usual.push_back(norms[j]);
   if (usual.empty()) return;
   codes.reach = *std::max_element(usual.begin(), usual.end());
-  const int64_t most = static_cast<int64_t>(usual.size()) / kFarShare;
-  if (most == 0) return;
-  std::nth_element(usual.begin(), usual.begin() + most, usual.end(), std::greater<>());
-  const double longest = kFarRatio * usual[static_cast<size_t>(most)];
+  const double longest = far_beyond(usual, kFarShare);
   if (!(codes.reach > longest)) return;
   int64_t* const far = data<int64_t>(parts[kFarCodes]);
   codes.reach = 0;
