@@ -52,6 +52,13 @@ inline void check_indices(const Tensor& t) {
                   "native: indices must be int64; got another dtype. Call .long().");
 }
 
+// its only element is read: an empty one has no memory
+inline uint64_t seed_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == 1,
+                  "native: seed must be a 0-d int64 tensor; got another. Pass torch.tensor(seed).");
+  return static_cast<uint64_t>(*t.const_data_ptr<int64_t>());
+}
+
 inline Rows no_rows() { return Rows{nullptr, Type::f32, 1, 0, 1, 0, 0, 1}; }
 
 inline void check_same_rows(const Rows& x, const Rows& other, const char* name) {

@@ -30,6 +30,8 @@ OPTIONS = {
 TESTS = (
     "native",
     "threads",
+    "row_threads",
+    "prepare",
     "exactness",
     "nearest_code",
     "nearest_segment",

@@ -31,6 +31,54 @@ def test_scales(scale, direction, segments, backend, need):
         check(x * scale, codes * scale, indices, position, direction, backend, noise_std=noise_std)
 
 
+def far_apart(scale, segments):
+    """Finite rows and codes whose differences, and sums of squares, float32 does not hold; the last rows are usual."""
+    x, codes, indices, position = case((40, 9, 10), torch.float32, segments)
+    signs = torch.randint(0, 2, (9, 10), device=DEVICE) * 2.0 - 1
+    codes = torch.where(torch.arange(9, device=DEVICE)[:, None] < 5, scale * signs, codes)
+    x[:20] = -scale * signs[indices[:20]] * torch.rand(20, 10, device=DEVICE)
+    # the last rows share no code with the first
+    indices = torch.where(torch.arange(40, device=DEVICE) < 20, indices % 4, 5 + indices % 3)
+    return x, codes, indices, position
+
+
+@MEMBER
+@pytest.mark.parametrize("scale", [1e38, 3e38])
+def test_differences_beyond_float32(scale, direction, segments, backend, need):
+    """c - x overflows where c and x are finite: the row is right, and no other row or code sees it."""
+    if backend != "native":
+        pytest.skip("only float64 holds such differences, and the other kernels use float32")
+    need("directional", torch.float32)
+    x, codes, indices, position = far_apart(scale, segments)
+    if segments:
+        # both points of a row on one side of it
+        codes[1:5] = codes[0]
+    check(x, codes, indices, position, direction, backend)
+    grad = torch.randn(40, 10, device=DEVICE)
+    usual = slice(20, None)
+    _, grad_x, grad_codes = differentiate(x, codes, indices, position, direction, backend, grad)
+    at = None if position is None else position[usual]
+    _, own_x, own_codes = differentiate(
+        x[usual], codes, indices[usual], at, direction, backend, grad[usual], row_offset=20
+    )
+    assert grad_codes.isfinite().all()
+    assert torch.equal(grad_x[usual], own_x) and torch.equal(grad_codes[5:], own_codes[5:])
+
+
+def test_a_neighbour_of_a_row_beyond_float32(backend, need):
+    """One code, two rows: the sum of its gradient is that of both."""
+    if backend != "native":
+        pytest.skip("only float64 holds such differences, and the other kernels use float32")
+    need("directional", torch.float32)
+    x = torch.tensor([[2e38, 1.0], [1.0, 1.0]])
+    codes, indices = torch.tensor([[-2e38, 0.0]]), torch.tensor([0, 0])
+    args = (x, codes, indices, None, "noisy", "native", torch.ones(2, 2))
+    _, _, found = differentiate(*args, noise_std=0.0)
+    _, _, expected = differentiate(*args[:5], "reference", args[6], noise_std=0.0)
+    # two terms of size 1 and some roundings of each; the second feature is below the smallest normal number
+    torch.testing.assert_close(found, expected, rtol=8 * 2.0**-23, atol=2.0**-148)
+
+
 @MEMBER
 @pytest.mark.parametrize("small", [2.0**-70, 2.0**90])
 def test_small_and_large_gradients(small, direction, segments, backend, need):

@@ -283,3 +283,19 @@ def test_empty_inputs():
     counts, sums = op.code_sums(x, indices, 3)
     assert torch.equal(counts, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(sums, torch.zeros(3, 5))
+
+
+def test_raw_ops_refuse_what_has_no_size():
+    """What the Python side refuses earlier must not end the process either."""
+    indices = torch.zeros(1, 3, dtype=torch.long)
+    for rows, count in ((torch.zeros(1, 3, 0), 4), (torch.zeros(1, 3, 2), 0)):
+        with pytest.raises(RuntimeError, match=r"native: x must have features, and num_codes must be"):
+            op.code_sums(rows, indices, count)
+    x, codes = torch.zeros(1, 3, 2), torch.zeros(4, 2)
+    for seed in (torch.zeros(0, dtype=torch.long), torch.zeros(2, dtype=torch.long), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError, match=r"native: seed must be a 0-d int64 tensor"):
+            op.philox(seed, 3, 1, 0, 0)
+        with pytest.raises(RuntimeError, match=r"native: seed must be a 0-d int64 tensor"):
+            op.directional(x, codes, indices, None, seed, 0, 0.03, 0)
+    with pytest.raises(RuntimeError, match=r"native: rows and blocks must be at least 0"):
+        op.philox(torch.tensor(1), -1, 1, 0, 0)

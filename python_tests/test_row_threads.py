@@ -17,6 +17,8 @@ LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels"])
 op = torch.ops.vqkernels
 # N, K, D: many rows of few codes (a table), few rows of many (a sort), features that fill no vector
 SHAPES = [(4100, 40, 48), (2500, 3000, 32), (3000, 70, 5), (1100, 9, 19), (700, 33000, 16)]
+# enough entries that they are sorted and counted in parallel
+SHAPES += [(40000, 5000, 5), (40000, 60, 16)]
 SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -153,3 +155,16 @@ def test_against_the_reference_over_many_tasks(layout, segments):
     assert ((found[0] - wanted[0]).abs() <= 2 * turn * size + 2.0**-21)[~wanted[0].isnan()].all()
     rows = torch.bincount(indices.flatten(), minlength=130).max() * 2
     assert ((found[1] - wanted[1]).abs() <= rows * turn * size).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_lie_across_of_very_many_codes(dtype):
+    """They are turned once and sorted, as rows that lie together: the same order, so the same bits."""
+    x, codes, indices, position, grad = inputs((300, 140_000, 5), "contiguous", False, dtype)
+    across = [strided(t[0], "channels") for t in (x, grad)]
+    lead = across[0].shape[:2]
+    for threads in (1, 2):
+        with running("auto", threads):
+            expected = everything(x, codes, indices, position, grad)
+            found = everything(across[0], codes, indices.view(lead), position.view(lead), across[1])
+        assert all(torch.equal(a.reshape(b.shape), b) for a, b in zip(found, expected, strict=True))

@@ -189,9 +189,14 @@ def long_calls():
     yield "directional_backward", lambda: op.directional_backward(x, x, codes, *choice)
     yield "code_sums", lambda: op.code_sums(x, indices, 500)
     yield "philox", lambda: op.philox(seed, 20_000, 16, 0, 0)
+    yield "nearest_segment", lambda: op.nearest_segment(x, codes)
+    yield "prepare_codes", lambda: op.prepare_codes(torch.randn(20_000, 64), torch.float32)
 
 
-@pytest.mark.parametrize("op", ["nearest_code", "directional", "directional_backward", "code_sums", "philox"])
+LONG_CALLS = tuple(name for name, _ in long_calls())
+
+
+@pytest.mark.parametrize("op", LONG_CALLS)
 def test_the_lock_of_the_interpreter_is_released(op, ticks):
     call = dict(long_calls())[op]
     values = list(range(2_000_000))

@@ -9,6 +9,10 @@ std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes
   check_indices(indices);
   const Rows rows = rows_of(x), index = rows_of(indices, false);
   check_same_rows(rows, index, "indices");
+  STD_TORCH_CHECK(
+      rows.features > 0 && num_codes > 0,
+      "native: x must have features, and num_codes must be at least 1; got neither or one of them. "
+      "Pass x with one or more columns and num_codes of 1 or more.");
   const int64_t d = rows.features, count = rows.count();
   Tensor counts = torch::stable::new_empty(x, {num_codes}, ScalarType::Long);
   Tensor sums = torch::stable::new_empty(x, {num_codes, d},
@@ -36,9 +40,7 @@ std::tuple<Tensor, Tensor> code_sums(Tensor x, Tensor indices, int64_t num_codes
   args.wide = rows.type == Type::f64;
   const Columns columns(body, args);
   if (columns.slab) {
-    std::fill_n(out, num_codes, 0);
-    for (int64_t n = 0; n < count; ++n)
-      if (codes[n] >= 0) ++out[codes[n]];
+    count_codes(codes.get(), count, num_codes, out);
     sum_columns(body, args, columns);
     return {counts, sums};
   }

@@ -27,9 +27,7 @@ Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& ind
   check_pair(args.x, args.codebook, 1);
   check_same_rows(args.x, args.indices, "indices");
   if (position) check_same_rows(args.x, args.position, "position");
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                  "native: seed must be a 0-d int64 tensor; got another. Pass torch.tensor(seed).");
-  args.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  args.seed = seed_of(seed);
   args.direction = static_cast<int>(direction);
   args.noise_std = noise_std;
   args.row_offset = row_offset;

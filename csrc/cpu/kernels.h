@@ -115,6 +115,15 @@ struct Sums {
   bool wide;
 };
 
+// what is added up at a time from entries as they come: some features of rows and codes
+struct Slab {
+  bool across;  // features of a row are further apart than rows
+  int64_t feature;
+  int64_t code_begin, code_end;
+  int64_t row_begin, row_end;
+  double* table;  // (codes, features of a slab): the sums; null: they go to out
+};
+
 struct NearestCodeKernels {
   int codes;  // in a tile
   int rows;   // in a tile
@@ -169,12 +178,15 @@ struct CodeSumsKernels {
   void (*sums)(const Sums& args, int64_t chunk, void* scratch);
   // the codes in [begin, end) that no chunk held as a whole
   void (*join)(const Sums& args, int64_t begin, int64_t end, void* scratch);
-  // features at a time of the same sums from entries as they come, 0 where the rows do not allow it; across:
-  // features are further apart than rows
+  // features of a slab, 0 where the rows do not allow one
   int (*slab)(const Rows& x, bool wide, bool across);
   size_t (*columns_scratch)(int64_t codes, bool across);
-  // features from `feature` on of the codes in [begin, end)
-  void (*columns)(const Sums& args, bool across, int64_t feature, int64_t begin, int64_t end, void* scratch);
+  void (*columns)(const Sums& args, const Slab& slab, void* scratch);
+  // tables of all codes that columns() made of consecutive rows, each `apart` from the next, added in this
+  // order to out
+  void (*add_tables)(const Sums& args, const Slab& first, int64_t tables, int64_t apart);
+  // rows as float32 or float64 that lie together
+  void (*copy)(const Rows& x, int64_t begin, int64_t end, bool wide, void* out);
 };
 
 struct PhiloxKernels {

@@ -28,6 +28,10 @@ const Case kCases[] = {
     {1, 150, 40, 130, ScalarType::Half, ScalarType::Half, false},
     {2, 130, 80, 20, ScalarType::Double, ScalarType::Double, true},
     {1, 1300, 3, 2, ScalarType::Float, ScalarType::BFloat16, false},
+    // enough rows that they are sorted, and counted, by several threads
+    {1, 20000, 70, 3, ScalarType::Float, ScalarType::Float, false},
+    // enough beside codes that each thread adds up rows of its own
+    {2, 10000, 70, 5, ScalarType::Float, ScalarType::Float, true},
 };
 
 uint64_t random(uint64_t& state) {

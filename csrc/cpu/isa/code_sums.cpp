@@ -9,11 +9,11 @@
 namespace vqk {
 namespace {
 
-// differences are formed in A, as in the forward pass
-VQK_INLINE doubles difference(const float* c, const float* x) {
-  return widened((few_floats)(*(const loose_few_floats*)c - *(const loose_few_floats*)x));
+// float32 may not hold a difference of what it holds
+template <class A>
+VQK_INLINE doubles difference(const A* c, const A* x) {
+  return widened(c) - widened(x);
 }
-VQK_INLINE doubles difference(const double* c, const double* x) { return widened(c) - widened(x); }
 
 // rows that are added at a time, and how far ahead of them rows are asked for
 constexpr int64_t kBatch = 16, kAhead = 6;
@@ -69,7 +69,7 @@ VQK_INLINE void add_rows(const A* const* rows, const double* pull, int64_t n, co
   for (; k < d; ++k)
     for (int64_t r = 0; r < n; ++r)
       if constexpr (pulled)
-        sums[k] += pull[r] * (double)(A)(c[k] - rows[r][k]);
+        sums[k] += pull[r] * ((double)c[k] - (double)rows[r][k]);
       else
         sums[k] += (double)rows[r][k];
 }
@@ -181,15 +181,19 @@ VQK_INLINE void add_to(double* table, int64_t code, double pull, const A* c, con
       sum[i] += widened(x + i * kDoubles);
 }
 
-// features [feature, feature + slab) of the codes in [begin, end)
 template <int slab, class A, bool pulled>
-void columns_of(const Sums& args, int64_t feature, int64_t begin, int64_t end, void* scratch) {
+void columns_of(const Sums& args, const Slab& at, void* scratch) {
   constexpr bool turned = slab == kSlab;
-  const int64_t width = smaller(slab, args.x.features - feature), count = args.x.count(), codes = end - begin;
-  double* const table = (double*)scratch;
-  A* const c = (A*)(table + codes * slab);
-  A* const turned_rows = (A*)(table + 2 * codes * slab);
+  const int64_t feature = at.feature, width = smaller(slab, args.x.features - feature),
+                count = args.x.count(), begin = at.code_begin, codes = at.code_end - begin;
+  double* const table = at.table ? at.table : (double*)scratch;
+  A* const c = (A*)((double*)scratch + codes * slab);
+  A* const turned_rows = (A*)((double*)scratch + 2 * codes * slab);
   const Rows rows = slab_of(args.x, feature, width);
+  // copies, which what is added to the table cannot change
+  const int64_t* const by_row = args.by_row;
+  const double* const pulls = args.pull;
+  const int64_t entries = args.entries, row_end = at.row_end;
   memset(table, 0, (size_t)codes * slab * 8);
   if (turned) memset(turned_rows, 0, (size_t)(kTurned * slab) * sizeof(A));
   if (pulled) {
@@ -197,19 +201,37 @@ void columns_of(const Sums& args, int64_t feature, int64_t begin, int64_t end, v
     if (width < slab) memset(c, 0, (size_t)(codes * slab) * sizeof(A));
     load(slab_of(args.codebook, feature, width), begin, codes, c, slab);
   }
-  for (int64_t first = 0; first < count; first += kTurned) {
-    const int64_t n = smaller(kTurned, count - first);
+  for (int64_t first = at.row_begin; first < row_end; first += kTurned) {
+    const int64_t n = smaller(kTurned, row_end - first);
     if (turned) load(rows, first, n, turned_rows, slab);
     for (int64_t r = 0; r < n; ++r) {
       const A* const x = turned ? turned_rows + r * slab : place<A>(rows, first + r);
       if (!turned) __builtin_prefetch(x + 32 * rows.stride_inner);
-      for (int64_t entry = first + r; entry < args.entries; entry += count) {
-        const int64_t code = args.by_row[entry] - begin;
-        if (code >= 0 && code < codes) add_to<slab, pulled>(table, code, pulled ? args.pull[entry] : 0, c, x);
+      for (int64_t entry = first + r; entry < entries; entry += count) {
+        const int64_t code = by_row[entry] - begin;
+        if (code >= 0 && code < codes) add_to<slab, pulled>(table, code, pulled ? pulls[entry] : 0, c, x);
       }
     }
   }
-  store(table, slab, slab_of(args.out, feature, width), begin, codes);
+  if (!at.table) store(table, slab, slab_of(args.out, feature, width), begin, codes);
+}
+
+void add_tables(const Sums& args, const Slab& first, int64_t tables, int64_t apart) {
+  const int64_t slab = first.across ? kSlab : kLine, width = smaller(slab, args.x.features - first.feature),
+                begin = first.code_begin * slab, end = first.code_end * slab;
+  double* const sums = first.table;
+  for (int64_t table = 1; table < tables; ++table)
+    for (int64_t k = begin; k < end; ++k) sums[k] += sums[table * apart + k];
+  store(sums + begin, slab, slab_of(args.out, first.feature, width), first.code_begin,
+        first.code_end - first.code_begin);
+}
+
+void copy(const Rows& x, int64_t begin, int64_t end, bool wide, void* out) {
+  const int64_t d = x.features;
+  if (wide)
+    load(x, begin, end - begin, (double*)out + begin * d, d);
+  else
+    load(x, begin, end - begin, (float*)out + begin * d, d);
 }
 
 template <class A>
@@ -224,17 +246,16 @@ int slab_of_rows(const Rows& x, bool wide, bool across) {
 }
 
 template <int slab>
-void columns_with(const Sums& args, int64_t feature, int64_t begin, int64_t end, void* scratch) {
+void columns_with(const Sums& args, const Slab& at, void* scratch) {
   if (args.codebook.data)
-    return args.wide ? columns_of<slab, double, true>(args, feature, begin, end, scratch)
-                     : columns_of<slab, float, true>(args, feature, begin, end, scratch);
-  return args.wide ? columns_of<slab, double, false>(args, feature, begin, end, scratch)
-                   : columns_of<slab, float, false>(args, feature, begin, end, scratch);
+    return args.wide ? columns_of<slab, double, true>(args, at, scratch)
+                     : columns_of<slab, float, true>(args, at, scratch);
+  return args.wide ? columns_of<slab, double, false>(args, at, scratch)
+                   : columns_of<slab, float, false>(args, at, scratch);
 }
 
-void columns(const Sums& args, bool across, int64_t feature, int64_t begin, int64_t end, void* scratch) {
-  return across ? columns_with<kSlab>(args, feature, begin, end, scratch)
-                : columns_with<kLine>(args, feature, begin, end, scratch);
+void columns(const Sums& args, const Slab& at, void* scratch) {
+  return at.across ? columns_with<kSlab>(args, at, scratch) : columns_with<kLine>(args, at, scratch);
 }
 
 // magnitudes of float32 as integers are in order, and above infinity stands every NaN
@@ -279,8 +300,8 @@ void drop_non_finite(const Rows& x, int64_t begin, int64_t end, void* scratch, i
 
 namespace VQK_ISA {
 extern const CodeSumsKernels code_sums;
-const CodeSumsKernels code_sums = {scratch_of,   drop_non_finite,    sums,   join,
-                                   slab_of_rows, columns_scratch_of, columns};
+const CodeSumsKernels code_sums = {scratch_of,         drop_non_finite, sums,       join, slab_of_rows,
+                                   columns_scratch_of, columns,         add_tables, copy};
 }  // namespace VQK_ISA
 
 }  // namespace vqk

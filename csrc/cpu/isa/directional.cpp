@@ -3,85 +3,13 @@
 // rows again, which are still in the first cache.
 #include "../kernels.h"
 #include "convert.h"
-#include "noise.h"
+#include "row_buffers.h"
 #include "units.h"
 
 namespace vqk {
 namespace {
 
 enum Direction { kNoisy, kDetach, kRandom };
-
-// rows between noise and result
-constexpr int64_t kRows = 16;
-
-VQK_INLINE int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
-
-// rows that are copied together where they do not lie as the arithmetic wants them: a few cache lines of a
-// feature's own, within the second cache
-VQK_INLINE int64_t copied(int64_t d) {
-  const int64_t fitting = (1 << 14) / padded(d) / kRows * kRows;
-  return fitting < kRows ? kRows : fitting > 4 * kRows ? 4 * kRows : fitting;
-}
-
-template <class A>
-VQK_INLINE bool is(Type type) {
-  return type == (sizeof(A) == 4 ? Type::f32 : Type::f64);
-}
-
-// rows where they are, or in a buffer padded with zeros to whole units
-template <class A>
-struct View {
-  A* at;
-  int64_t stride;
-  bool copy;
-};
-
-template <class A>
-VQK_INLINE View<A> view(const Rows& rows, int64_t begin, int64_t n, A* buffer) {
-  const int64_t d = rows.features, b = begin / rows.inner, m = begin % rows.inner;
-  if (is<A>(rows.type) && rows.stride_feature == 1 && d % kUnit<A> == 0 && m + n <= rows.inner)
-    return {(A*)rows.data + b * rows.stride_batch + m * rows.stride_inner, rows.stride_inner, false};
-  return {buffer, padded(d), true};
-}
-
-template <class A>
-VQK_INLINE void pad(A* rows, int64_t n, int64_t d, int64_t ld) {
-  if (d < ld)
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t k = d; k < ld; ++k) rows[r * ld + k] = 0;
-}
-
-// buffers of one thread
-template <class A>
-struct Buffers {
-  A *x, *g, *z;  // (copied, ld)
-  A* c[2];       // (kRows, ld), codes that are copied
-  A* u[2];       // (kRows, ld), the directions before they are normalised
-  float* v[2];   // (kRows, ld), noise
-};
-
-VQK_INLINE int64_t noise_room(int64_t d) { return kRows * padded(d) + kNoise; }
-
-template <class A>
-VQK_INLINE Buffers<A> buffers(void* scratch, int64_t d) {
-  const int64_t block = copied(d) * padded(d), rows = kRows * padded(d);
-  Buffers<A> b;
-  b.x = (A*)scratch;
-  b.g = b.x + block;
-  b.z = b.g + block;
-  b.c[0] = b.z + block;
-  b.c[1] = b.c[0] + rows;
-  b.u[0] = b.c[1] + rows;
-  b.u[1] = b.u[0] + rows;
-  b.v[0] = (float*)(b.u[1] + rows);
-  b.v[1] = b.v[0] + noise_room(d);
-  return b;
-}
-
-size_t scratch_of(int64_t d) {
-  const int64_t block = copied(d) * padded(d), rows = kRows * padded(d);
-  return (size_t)(8 * (3 * block + 4 * rows) + 4 * 2 * noise_room(d));
-}
 
 // noise of rows at the stride of the other buffers, 0 past the features
 VQK_INLINE void draw(const Directional& a, int64_t row, int64_t rows, int m, float* v) {
@@ -158,18 +86,21 @@ VQK_INLINE bool measure(const A* x, const A* c, const float* v, const A* g, int6
   return held;
 }
 
-// the same sums of float32 rows in float64
+// the direction of one feature before it is normalised, in float64 from float32
+template <Direction direction>
+VQK_INLINE double along_wide(double e, const float* v, double noise_std) {
+  return direction == kDetach ? e : direction == kRandom ? (double)*v : noise_std * (double)*v + e;
+}
+
+// the same sums of float32 rows in float64 throughout: c - x may be out of the range of float32
 template <Direction direction, bool backward>
-void measure_wide(const float* x, const float* c, const float* v, const float* g, int64_t ld, float noise_std,
-                  Lengths* out) {
+void measure_wide(const float* x, const float* c, const float* v, const float* g, int64_t ld,
+                  double noise_std, Lengths* out) {
   alignas(64) double ee[8] = {}, uu[8] = {}, gu[8] = {};
   for (int64_t k = 0; k < ld; k += 8)
     for (int64_t l = 0; l < 8; ++l) {
-      const float difference = c[k + l] - x[k + l];
-      const float vector = direction == kDetach   ? difference
-                           : direction == kRandom ? v[k + l]
-                                                  : noise_std * v[k + l] + difference;
-      const double e = (double)difference, u = (double)vector;
+      const double e = (double)c[k + l] - (double)x[k + l];
+      const double u = along_wide<direction>(e, v + k + l, noise_std);
       ee[l] += e * e;
       uu[l] += u * u;
       if (backward) gu[l] += (double)g[k + l] * u;
@@ -195,8 +126,8 @@ VQK_INLINE void move(const A* base, double factor, const A* to, const A* from, i
     return;
   }
   for (int64_t k = 0; k < ld; ++k) {
-    const A step = kDifference ? (A)(to[k] - from[k]) : to[k];
-    out[k] = (A)((double)base[k] + factor * (double)step);
+    const double step = kDifference ? (double)to[k] - (double)from[k] : (double)to[k];
+    out[k] = (A)((double)base[k] + factor * step);
   }
 }
 
@@ -212,6 +143,7 @@ struct Block {
   double factor[2][kRows];  // of u in the forward pass, of e in the backward
   double ee[2][kRows], uu[2][kRows], gu[2][kRows];
   const void* point[2][kRows];
+  bool vast[kRows];  // finite, but its sums are not in float32: its differences may not be either
 };
 
 VQK_INLINE void read_codes(const Directional& a, int64_t first, int64_t rows, int points, Block& b) {
@@ -264,6 +196,22 @@ VQK_INLINE void find_factors(int points, Block& b) {
     }
 }
 
+// the whole move of a vast row, in float64
+template <Direction direction, bool backward>
+void move_wide(const Block& b, int points, int64_t r, const float* x, const float* const* v, const float* g,
+               int64_t d, double noise_std, float* out) {
+  for (int64_t k = 0; k < d; ++k) {
+    double moved = backward ? (double)g[k] : (double)x[k];
+    for (int m = 0; m < points; ++m) {
+      if (backward && !(b.ee[m][r] > 0)) continue;
+      const double e = (double)((const float*)b.point[m][r])[k] - (double)x[k];
+      moved +=
+          backward ? -b.factor[m][r] * e : b.factor[m][r] * along_wide<direction>(e, v[m] + k, noise_std);
+    }
+    out[k] = (float)moved;
+  }
+}
+
 template <class A, Direction direction, bool backward>
 void rows_of(const Directional& a, const Buffers<A>& buffer, int64_t first, int64_t rows, const A* x,
              int64_t x_stride, const A* g, int64_t g_stride, A* z, int64_t z_stride) {
@@ -274,7 +222,7 @@ void rows_of(const Directional& a, const Buffers<A>& buffer, int64_t first, int6
   read_points(a, rows, points, buffer, b);
   const A noise_std = (A)a.noise_std;
   bool whole[kRows];
-  for (int64_t r = 0; r < rows; ++r) whole[r] = true;
+  for (int64_t r = 0; r < rows; ++r) whole[r] = true, b.vast[r] = false;
   if (direction == kDetach && !backward) {
     for (int64_t r = 0; r < rows; ++r) whole[r] = b.code[r] < 0 || finite(x + r * x_stride, d);
   } else {
@@ -290,7 +238,11 @@ void rows_of(const Directional& a, const Buffers<A>& buffer, int64_t first, int6
         const bool held =
             measure<A, direction, backward>(xr, c, v, gr, width, noise_std, buffer.u[m] + r * ld, &s);
         if constexpr (sizeof(A) == sizeof(float))
-          if (!held) measure_wide<direction, backward>(xr, c, v, gr, width, noise_std, &s);
+          if (!held) {
+            const double narrow[2] = {s.ee, s.uu};
+            measure_wide<direction, backward>(xr, c, v, gr, width, a.noise_std, &s);
+            if (!finite(narrow, 2) && finite(&s.ee, 2)) b.vast[r] = true;
+          }
         b.ee[m][r] = s.ee, b.uu[m][r] = s.uu, b.gu[m][r] = s.gu;
         // a sum that is finite had no other terms
         if (!finite(&s.ee, 1)) whole[r] = finite(xr, d);
@@ -317,6 +269,12 @@ void rows_of(const Directional& a, const Buffers<A>& buffer, int64_t first, int6
       else
         for (int64_t k = 0; k < d; ++k)
           out[k] = (A)(b.weight[0][r] * (double)c0[k] + b.weight[1][r] * (double)c1[k]);
+    } else if (b.vast[r]) {
+      if constexpr (sizeof(A) == sizeof(float)) {
+        const float* const v[2] = {buffer.v[0] + r * ld, buffer.v[1] + r * ld};
+        move_wide<direction, backward>(b, points, r, x + r * x_stride, v, g + r * g_stride, d, a.noise_std,
+                                       out);
+      }
     } else {
       const A *from = (backward ? g + r * g_stride : x + r * x_stride), *const xr = x + r * x_stride;
       bool moved = false;
