@@ -65,7 +65,8 @@ def markdown(found: Iterable[Record], dtype: str = "float32", *, root: Path = RO
     parts += [_searches(search, dtype)] if search else []
     parts += [_forced(search, dtype)] if any(each["name"] == OURS_ON_AVX2 for each in search) else []
     parts += [_layers(layer, dtype)] if layer else []
-    parts += [f"![{words}]({path})" for path, words in FIGURES.items() if (root / path).exists()]
+    if parts:
+        parts += [f"![{words}]({path})" for path, words in FIGURES.items() if (root / path).exists()]
     return "\n\n".join(parts)
 
 
@@ -242,7 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, help="print the tables if it is left out")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results/cpu.jsonl")
     options = parser.parse_args(arguments)
-    text = markdown(records.read(options.results)[0])
+    # pictures are those beside the file that shows them
+    root = ROOT if options.file is None else options.file.resolve().parent
+    text = markdown(records.read(options.results)[0], root=root)
     if not text:
         print(
             f"readme: {options.results} must hold measurements; got none. Run bench/run.py.", file=sys.stderr
