@@ -35,7 +35,7 @@ struct Codes {
 
 // maxima over codes; a chunk of codes fills one
 struct Spread {
-  double largest;  // |c_d - centre_d| and of |c - centre|
+  double largest;  // of |c_d - centre_d|, c_d a feature
   double packed_norm, residual;
 };
 
