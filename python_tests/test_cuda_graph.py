@@ -10,7 +10,7 @@ import torch
 
 import vqkernels as vq
 from vqkernels.nn import METHODS, ImportanceReplacement, LatentMeans, TwoPhase, build
-from vqkernels.nn import quantizer as module
+from vqkernels.nn.quantizers import base as module
 from vqkernels.testing import DEVICE
 
 pytestmark = [

@@ -104,6 +104,18 @@ def check_indices(op: str, indices: object, shape: torch.Size, device: torch.dev
         )
 
 
+def check_mask(op: str, mask: object, shape: torch.Size, device: torch.device) -> None:
+    """A bool per row."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        refuse(TypeError, op, "mask", "be a bool tensor", got, "Call mask.bool()")
+    if mask.shape != shape:
+        fix = "Pass one value per latent, True where it counts"
+        refuse(ValueError, op, "mask", f"be {tuple(shape)} to match x", tuple(mask.shape), fix)
+    if mask.device != device:
+        refuse(ValueError, op, "mask", f"be on {device} as x is", mask.device, "Call mask.to(x.device)")
+
+
 def check_position(op: str, position: Tensor, shape: torch.Size, device: torch.device) -> None:
     """A floating-point position in [0, 1] per row."""
     check_floating(op, "position", position)

@@ -1,21 +1,37 @@
-"""Quantizers as modules: codebooks, estimators, upkeep and the module that joins them."""
+"""Quantizers as modules: codebooks, estimators, upkeep and the modules that join them.
 
-from vqkernels.nn.build import METHODS as METHODS
-from vqkernels.nn.build import Method as Method
+Every file of the folders estimators, codebooks and quantizers is imported here, so that a new one puts its short names
+into `METHODS` by being there.
+"""
+
+import importlib
+import pkgutil
+
 from vqkernels.nn.build import build as build
 from vqkernels.nn.codebooks import Codebook as Codebook
 from vqkernels.nn.codebooks import EMACodebook as EMACodebook
 from vqkernels.nn.estimators import NSVQ as NSVQ
 from vqkernels.nn.estimators import STE as STE
+from vqkernels.nn.estimators import Choice as Choice
+from vqkernels.nn.estimators import Context as Context
 from vqkernels.nn.estimators import DiVeQ as DiVeQ
 from vqkernels.nn.estimators import DiVeQDetach as DiVeQDetach
+from vqkernels.nn.estimators import Estimate as Estimate
 from vqkernels.nn.estimators import Estimator as Estimator
 from vqkernels.nn.estimators import SFDiVeQ as SFDiVeQ
 from vqkernels.nn.estimators import SFDiVeQDetach as SFDiVeQDetach
-from vqkernels.nn.quantizer import Quantized as Quantized
-from vqkernels.nn.quantizer import VectorQuantizer as VectorQuantizer
+from vqkernels.nn.methods import METHODS as METHODS
+from vqkernels.nn.methods import Method as Method
+from vqkernels.nn.methods import register as register
+from vqkernels.nn.quantizers.base import Quantized as Quantized
+from vqkernels.nn.quantizers.base import Quantizer as Quantizer
+from vqkernels.nn.quantizers.vector import VectorQuantizer as VectorQuantizer
 from vqkernels.nn.upkeep import ImportanceReplacement as ImportanceReplacement
 from vqkernels.nn.upkeep import LatentMeans as LatentMeans
 from vqkernels.nn.upkeep import Schedule as Schedule
 from vqkernels.nn.upkeep import TwoPhase as TwoPhase
 from vqkernels.nn.upkeep import Upkeep as Upkeep
+
+for _folder in ("estimators", "codebooks", "quantizers"):
+    for _file in pkgutil.iter_modules(importlib.import_module(f"{__name__}.{_folder}").__path__):
+        importlib.import_module(f"{__name__}.{_folder}.{_file.name}")

@@ -6,6 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vqkernels.ops.philox import philox_op
+
+# the stream of one seed that other seeds are drawn from; see vqkernels/philox.py for the first six
+_SEEDS = 6
+
 
 def distributed() -> bool:
     """Whether this call runs in a process group of more than one; asked anew each time."""
@@ -18,6 +23,13 @@ def draw_seed(device: torch.device) -> Tensor:
     if distributed():
         dist.broadcast(seed, 0)
     return seed
+
+
+def split_seed(seed: Tensor, parts: int) -> list[Tensor]:
+    """Independent 0-d int64 seeds for the parts of a quantizer, made of one: the same on every rank."""
+    words, _ = philox_op(seed, 1, (parts + 1) // 2, _SEEDS, 0)
+    first, second = words.view(-1, 2)[:parts].unbind(1)
+    return list((first << 31 ^ second).unbind())
 
 
 def check_equal_ranks(rows: int, device: torch.device) -> None:

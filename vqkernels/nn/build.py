@@ -1,63 +1,17 @@
-"""Short names for the usual quantizers: one table for the command line, the tests and the docs."""
+"""Quantizers by their short names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import cast
 
-from vqkernels.checks import check_choice, refuse
-from vqkernels.nn.codebooks import Codebook, EMACodebook
-from vqkernels.nn.estimators import NSVQ, STE, DiVeQ, DiVeQDetach, Estimator, SFDiVeQ, SFDiVeQDetach
-from vqkernels.nn.quantizer import VectorQuantizer
-from vqkernels.nn.upkeep import Upkeep
+from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
+from vqkernels.nn.codebooks.learned import Codebook
+from vqkernels.nn.methods import METHODS, Spec
+from vqkernels.nn.quantizers.base import Quantizer
+from vqkernels.nn.quantizers.vector import VectorQuantizer
+from vqkernels.nn.upkeep.base import Upkeep
 from vqkernels.ops.directional import NOISE_STD
-
-
-@dataclass(frozen=True)
-class Method:
-    """One line of the table.
-
-    Attributes:
-        summary: when to use it.
-        codebook: makes the codebook from (num_codes, dim).
-        estimator: makes the estimator; from (noise_std) if `noisy`, else from nothing.
-        noisy: whether a noise_std can be chosen.
-        warm_up: whether a warm-up without quantization is advised.
-    """
-
-    summary: str
-    codebook: Callable[[int, int], Codebook]
-    estimator: Callable[..., Estimator]
-    noisy: bool = False
-    warm_up: bool = False
-
-
-METHODS = {
-    "ste": Method("the classical baseline; add replacement, or its codebook collapses", Codebook, STE),
-    "ema": Method(
-        "STE with codes that are moving averages; no codebook loss",
-        EMACodebook,
-        lambda: STE(codebook_weight=0),
-    ),
-    "diveq": Method(
-        "no auxiliary loss; precise codewords; add replacement",
-        Codebook,
-        lambda s: DiVeQ(noise_std=s),
-        noisy=True,
-    ),
-    "diveq_detach": Method("DiVeQ without noise, nothing to tune", Codebook, DiVeQDetach),
-    "nsvq": Method("noise of random direction; for comparison", Codebook, NSVQ),
-    "sf_diveq": Method(
-        "full codebook use without replacement; warm up first",
-        Codebook,
-        lambda s: SFDiVeQ(noise_std=s),
-        True,
-        True,
-    ),
-    "sf_diveq_detach": Method(
-        "SF-DiVeQ without noise, nothing to tune", Codebook, SFDiVeQDetach, warm_up=True
-    ),
-}
 
 
 def build(
@@ -68,31 +22,38 @@ def build(
     channel_dim: int = -1,
     noise_std: float | None = None,
     upkeep: Sequence[Upkeep] = (),
-) -> VectorQuantizer:
+) -> Quantizer:
     """Make one of the usual quantizers by its short name.
 
     Args:
         name: a key of `METHODS`.
         dim: D, features of a latent.
-        num_codes: K.
+        num_codes: K, of each stage or group where there are several.
         channel_dim: dimension of x that holds the features: -1 for (..., D), 1 for NCHW.
         noise_std: standard deviation of the noise in units of x; None for the paper's sqrt(1e-3).
-        upkeep: such as `[ImportanceReplacement(TwoPhase(steps))]`; none by default, also no warm-up.
+        upkeep: such as `[ImportanceReplacement(TwoPhase(steps))]`; none by default, also no warm-up. Where there are
+            several stages or groups, each has a copy of its own.
 
     Raises:
-        ValueError: the name is unknown, a size does not fit, or a noise_std is given to a method without noise.
+        TypeError, ValueError: the name is unknown, a size does not fit, or the method has no use for a `noise_std` or
+            an upkeep that was given.
     """
     method = METHODS[check_choice("build", "name", name, tuple(METHODS))]
+    check_count("build", "dim", dim, minimum=1)
+    check_count("build", "num_codes", num_codes, minimum=1)
     if noise_std is not None and not method.noisy:
-        refuse(
-            ValueError,
-            "build",
-            "noise_std",
-            f"be None for {name!r}, which has none",
-            noise_std,
-            "Leave it out",
-        )
-    noise = (NOISE_STD if noise_std is None else noise_std,) if method.noisy else ()
+        requirement = f"be None for {name!r}, which has none"
+        refuse(ValueError, "build", "noise_std", requirement, noise_std, "Leave it out")
+    if upkeep and not method.upkeep:
+        got = ", ".join(type(part).__name__ for part in upkeep)
+        requirement = f"be empty for {name!r}, which has no codes to keep alive"
+        refuse(ValueError, "build", "upkeep", requirement, got, "Leave it out")
+    noise_std = NOISE_STD if noise_std is None else check_noise_std("build", noise_std)
+    spec = Spec(dim, num_codes, channel_dim, noise_std, upkeep)
+    if method.make is not None:
+        return method.make(spec)
+    codebook = Codebook(num_codes, dim) if method.codebook is None else method.codebook(spec)
+    options = {} if method.options is None else method.options(spec)
     return VectorQuantizer(
-        method.codebook(num_codes, dim), method.estimator(*noise), upkeep, channel_dim=channel_dim
+        codebook, cast("Callable", method.estimator)(spec), list(upkeep), channel_dim=channel_dim, **options
     )

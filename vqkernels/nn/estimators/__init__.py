@@ -1,0 +1,12 @@
+"""Estimators: how a gradient crosses the quantization, and what evaluation returns instead."""
+
+from vqkernels.nn.estimators.base import Choice as Choice
+from vqkernels.nn.estimators.base import Context as Context
+from vqkernels.nn.estimators.base import Estimate as Estimate
+from vqkernels.nn.estimators.base import Estimator as Estimator
+from vqkernels.nn.estimators.diveq import NSVQ as NSVQ
+from vqkernels.nn.estimators.diveq import DiVeQ as DiVeQ
+from vqkernels.nn.estimators.diveq import DiVeQDetach as DiVeQDetach
+from vqkernels.nn.estimators.sf_diveq import SFDiVeQ as SFDiVeQ
+from vqkernels.nn.estimators.sf_diveq import SFDiVeQDetach as SFDiVeQDetach
+from vqkernels.nn.estimators.ste import STE as STE

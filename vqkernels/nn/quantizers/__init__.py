@@ -1,0 +1,5 @@
+"""Quantizers: modules from latents to codes and back."""
+
+from vqkernels.nn.quantizers.base import Quantized as Quantized
+from vqkernels.nn.quantizers.base import Quantizer as Quantizer
+from vqkernels.nn.quantizers.vector import VectorQuantizer as VectorQuantizer

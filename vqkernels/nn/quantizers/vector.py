@@ -1,0 +1,204 @@
+"""`VectorQuantizer`: a codebook, an estimator and upkeep in one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqkernels.checks import check_choice, check_count, refuse
+from vqkernels.nn.codebooks.learned import Codebook
+from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, recomputing
+from vqkernels.nn.upkeep.base import Upkeep
+
+
+class VectorQuantizer(Quantizer):
+    """Quantize latents of any layout to a codebook.
+
+        y = W_in x + b,  y = y / |y| and c = c / |c|      (each where asked for)
+        z = W_out estimator(y, c) + b
+
+    Args:
+        codebook: where codes come from.
+        estimator: how gradients cross.
+        upkeep: how codes start and stay alive, in the order in which they commit.
+        channel_dim: the dimension of x that holds the D features: -1 for (..., D), 1 for NCHW.
+        metric: "euclidean", or "cosine": latents and codes are scaled to length 1 in float32 before they are compared,
+            and z is the scaled code.
+        dim: D where it differs from the features of a code: linear layers lead into the codes' space and back
+            (VQGAN-FC, Yu et al. 2022).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the codebook has too few codes for the estimator, or parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        codebook: Codebook,
+        estimator: Estimator,
+        upkeep: Sequence[Upkeep] = (),
+        *,
+        channel_dim: int = -1,
+        metric: str = "euclidean",
+        dim: int | None = None,
+    ):
+        name = "VectorQuantizer"
+        super().__init__(
+            codebook.dim if dim is None else check_count(name, "dim", dim, minimum=1), channel_dim=channel_dim
+        )
+        self.metric = check_choice(name, "metric", metric, ("euclidean", "cosine"))
+        estimator.check(codebook)
+        self.codebook, self.estimator, self.upkeep = codebook, estimator, nn.ModuleList(upkeep)
+        self.project_in = self.project_out = None
+        if self.dim != codebook.dim:
+            self.project_in = nn.Linear(self.dim, codebook.dim)
+            self.project_out = nn.Linear(codebook.dim, self.dim)
+        self.noisy = estimator.noisy
+        for part in upkeep:
+            if part.bound:
+                fix = f"Make another {type(part).__name__}"
+                refuse(ValueError, name, "upkeep", "belong to one quantizer", "one in use", fix)
+            part.check(codebook)
+            part.bind(codebook.num_codes, codebook.dim, estimator.num_indices(codebook.num_codes, True))
+            part.bound = True
+        self.to(codebook.device)
+        committed = (type(codebook).commit, Codebook.commit), (type(estimator).commit, Estimator.commit)
+        self.changes = bool(upkeep) or any(own is not base for own, base in committed)
+
+    @property
+    def num_codes(self) -> int:
+        """K."""
+        return self.codebook.num_codes
+
+    @property
+    def num_indices(self) -> int:
+        """How many values `indices[..., 0]` can take in the current mode: K, or K - 1 segments."""
+        return self.estimator.num_indices(self.num_codes, self.training)
+
+    @property
+    def codes_per_latent(self) -> int:  # type: ignore[override]
+        """Q of an evaluation: 2 for a segment and its level, else 1."""
+        return self.estimator.codes_per_latent
+
+    @property
+    def bits_per_latent(self) -> float:
+        """Rate of the evaluation, in bits for each D-dimensional latent; inf where it is not a code."""
+        return self.estimator.bits_per_latent(self.num_codes)
+
+    @property
+    def initialized(self) -> bool:
+        """False while a warm-up runs."""
+        return all(part.ready for part in self._parts())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no schedule of the host will change anything any more."""
+        return self.estimator.idle and all(part.idle for part in self._parts())
+
+    def _parts(self) -> Iterator[Upkeep]:
+        # typed: to a type checker, a ModuleList holds tensors as well
+        return (cast(Upkeep, part) for part in self.upkeep)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Latents (..., D) as they are compared with codes: projected and scaled where asked for."""
+        if self.project_in is not None:
+            x = self.project_in(x.to(self.project_in.weight.dtype))
+        if self.metric == "cosine":
+            x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        return x
+
+    def codes(self) -> Tensor:
+        """Codes (K, D') as latents are compared with them, differentiable where they are learned."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            codes = self.codebook.codes()
+            if self.metric == "cosine":
+                codes = F.normalize(codes.to(torch.promote_types(codes.dtype, torch.float32)), dim=-1)
+            return codes
+
+    def outside(self, z: Tensor) -> Tensor:
+        """Codes or quantized latents (..., D') as the decoder sees them, (..., D)."""
+        return z if self.project_out is None else self.project_out(z.to(self.project_out.weight.dtype))
+
+    def table(self) -> Tensor:
+        """The (K, D) codes as the decoder sees them: what indices stand for."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            return self.outside(self.codes())
+
+    def train_rows(self, x: Tensor, context: Context) -> Quantized:
+        y = self.inside(x)
+        if not self.initialized:
+            return self._warm_up(x, y, context)
+        for part in self._parts():
+            if not part.started:
+                part.start(self.codebook, y.detach(), context)
+        estimate = self.estimator(y, self.codes(), context)
+        self.observe(y, estimate.indices)
+        z = self.outside(estimate.z).to(x.dtype)
+        if context.mask is not None and self.project_out is not None:
+            z = torch.where(context.mask[..., None], z, 0)
+        return Quantized(z, estimate.indices[..., None], estimate.loss)
+
+    def _warm_up(self, x: Tensor, y: Tensor, context: Context) -> Quantized:
+        # a masked row is passed over like one that is not finite
+        self.observe(y if context.mask is None else torch.where(context.mask[..., None], y, torch.nan), None)
+        # all parameters take part, so that data-parallel reducers find their gradient
+        idle = sum((0 * parameter.sum() for parameter in self.parameters()), start=x.new_zeros(()))
+        z = mark(x, finite_rows(x)) + idle.to(x.dtype)
+        indices = torch.full((*x.shape[:-1], 1), -1, dtype=torch.int64, device=x.device)
+        return Quantized(z, indices, no_loss(x))
+
+    def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_initialized()
+        z, indices = self.estimator.evaluate(self.inside(x), self.codes(), self.table())
+        return z.to(x.dtype), indices
+
+    def encode_rows(self, x: Tensor) -> Tensor:
+        self._check_initialized()
+        return self.estimator.encode(self.inside(x), self.codes())
+
+    def _check_initialized(self) -> None:
+        if not self.initialized:
+            fix = "Train through the warm-up first, or load a state_dict"
+            requirement = "be initialized to evaluate"
+            refuse(RuntimeError, "VectorQuantizer", "codebook", requirement, "a warm-up under way", fix)
+
+    def observe(self, x: Tensor, indices: Tensor | None) -> None:
+        """Let codebook and upkeep take note of x (..., D') and its training indices (...); None in a warm-up."""
+        if recomputing():
+            return
+        x = x.detach()
+        if indices is not None:
+            self.codebook.observe(x, indices)
+        for part in self._parts():
+            part.observe(x, indices)
+
+    def commit_parts(self, optimizer: torch.optim.Optimizer | None) -> None:
+        started = self.initialized
+        if started:
+            self.codebook.commit()
+            self.estimator.commit(self._step)
+        for part in self._parts():
+            # what keeps codes alive waits until they have started
+            if started or not part.ready:
+                replaced = part.commit(self.codebook, self._step)
+                if replaced is not None and optimizer is not None:
+                    _reset_moments(optimizer, self.codebook, replaced)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        check_decodable(indices, self.codes_per_latent)
+        return self.estimator.decode(indices, self.table())
+
+    def export(self) -> Tensor:
+        return self.table().detach().clone()
+
+
+def _reset_moments(optimizer: torch.optim.Optimizer, codebook: Codebook, rows: Tensor) -> None:
+    for parameter in codebook.row_parameters():
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0:
+                value.masked_fill_(rows.view(-1, *[1] * (value.dim() - 1)), 0)

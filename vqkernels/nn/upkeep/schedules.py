@@ -1,0 +1,52 @@
+"""When something happens, as objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vqkernels.checks import check_count
+
+
+class Schedule(Protocol):
+    """When something happens."""
+
+    def due(self, step: int) -> bool:
+        """Whether it happens after optimizer step number `step` (from 1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class TwoPhase:
+    """Often at first, seldom later, never near the end (DiVeQ appendix A.1; for VQGANs 50, 5000, 300, 3000).
+
+    Attributes:
+        total_steps: length of the training, in optimizer steps.
+        first: period while step <= until.
+        until: last step of the first phase.
+        then: period after it.
+        stop_before: nothing happens in this many last steps.
+    """
+
+    total_steps: int
+    first: int = 100
+    until: int = 2000
+    then: int = 500
+    stop_before: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "first", "then"):
+            check_count("TwoPhase", name, getattr(self, name), minimum=1)
+        for name in ("until", "stop_before"):
+            check_count("TwoPhase", name, getattr(self, name))
+
+    @classmethod
+    def scaled(cls, total_steps: int) -> TwoPhase:
+        """The same shape for a short run: half of it in the first phase, a sixth of it left alone at the end."""
+        first = max(1, total_steps // 12)
+        return cls(total_steps, first, total_steps // 2, 3 * first, total_steps // 6)
+
+    def due(self, step: int) -> bool:
+        """Whether replacement happens after this step."""
+        period = self.first if step <= self.until else self.then
+        return step <= self.total_steps - self.stop_before and step % period == 0
