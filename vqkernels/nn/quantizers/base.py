@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vqkernels.checks import check_floating, check_mask, refuse
 from vqkernels.nn._random import all_sum, check_equal_ranks, distributed, draw_seed, first_row
-from vqkernels.nn.estimators.base import Context, finite_rows, mark, no_loss
+from vqkernels.nn.estimators.base import Context, finite_rows, no_loss
 
 
 class Quantized(NamedTuple):
@@ -144,7 +144,7 @@ class Quantizer(nn.Module):
             z, indices, loss = self._train(rows, mask)
         else:
             z, indices = self.evaluate_rows(rows)
-            z, loss = mark(z, finite_rows(rows)), no_loss(rows)
+            z, loss = torch.where(finite_rows(rows), z, torch.nan), no_loss(rows)
             if mask is not None:
                 z, indices = torch.where(mask[..., None], z, 0), torch.where(mask[..., None], indices, -1)
         return Quantized(z.movedim(-1, self.channel_dim), indices, loss)
