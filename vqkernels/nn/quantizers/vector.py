@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vqkernels.checks import check_choice, check_count, refuse
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
-from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, recomputing
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison, recomputing
 from vqkernels.nn.upkeep.base import Upkeep
 
 
@@ -107,7 +107,10 @@ class VectorQuantizer(Quantizer):
     def inside(self, x: Tensor) -> Tensor:
         """Latents (..., D) as they are compared with codes: projected and scaled where asked for."""
         if self.project_in is not None:
-            x = self.project_in(x.to(self.project_in.weight.dtype))
+            # a row that is not finite must not reach the weights' gradient
+            finite = finite_rows(x)
+            x = self.project_in(torch.where(finite, x, 0).to(self.project_in.weight.dtype))
+            x = torch.where(finite, x, torch.nan)
         if self.metric == "cosine":
             x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         return x
@@ -138,9 +141,11 @@ class VectorQuantizer(Quantizer):
                 part.start(self.codebook, y.detach(), context)
         estimate = self.estimator(y, self.codes(), context)
         self.observe(y, estimate.indices)
-        z = self.outside(estimate.z).to(x.dtype)
-        if context.mask is not None and self.project_out is not None:
-            z = torch.where(context.mask[..., None], z, 0)
+        z = estimate.z.to(x.dtype)
+        if self.project_out is not None:
+            finite = finite_rows(x)
+            z = poison(self.outside(torch.where(finite, estimate.z, 0)).to(x.dtype), x, finite)
+            z = z if context.mask is None else torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
 
     def _warm_up(self, x: Tensor, y: Tensor, context: Context) -> Quantized:
