@@ -39,7 +39,7 @@ CHECKED = 2048
 
 def make(name: str, shape: Sequence[int]) -> Quantizer:
     """A quantizer in training mode whose codes lie among normal latents."""
-    n, k, d = shape
+    _, k, d = shape
     torch.manual_seed(0)
     quantizer = build(name, dim=d, num_codes=k)
     with torch.no_grad():
@@ -73,8 +73,10 @@ def check(name: str, quantizer: Quantizer, x: Tensor, grad: Tensor) -> None:
     z, indices, gradient = step(quantizer, x, grad)()  # type: ignore[misc]
     for words, tensor in (("z", z), ("dL/dx", gradient), *quantizer.named_parameters()):
         value = tensor.grad if isinstance(tensor, torch.nn.Parameter) else tensor
-        assert value is not None and value.isfinite().all(), f"{name}: {words} must be finite"
-    assert gradient.any() and (indices >= 0).all() and (indices < quantizer.num_codes).all(), name
+        assert value is not None, f"{name}: {words} must be there"
+        assert value.isfinite().all(), f"{name}: {words} must be finite"
+    assert gradient.any(), f"{name}: dL/dx must not vanish"
+    assert ((indices >= 0) & (indices < quantizer.num_codes)).all(), f"{name}: indices must name codes"
     if isinstance(quantizer, VectorQuantizer):
         quantizer.eval()
         with torch.no_grad():

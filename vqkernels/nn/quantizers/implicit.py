@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels.checks import check_count
+from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.estimators.base import Context, finite_rows, gather, no_loss
 from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
 
@@ -64,7 +65,7 @@ class ImplicitQuantizer(Quantizer):
     def _outside(self, points: Tensor) -> Tensor:
         if self.project_out is None:
             return points
-        with torch.autocast(points.device.type, enabled=False):
+        with full_precision(points.device):
             return self.project_out(points.to(self.project_out.weight.dtype))
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:

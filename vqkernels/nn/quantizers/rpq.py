@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkernels.checks import check_count, check_floating, check_mask, refuse
+from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.estimators.base import finite_rows, nearest
 
 
@@ -63,7 +64,7 @@ class RPQ(nn.Module):
             fix = "Pass the channel_dim that holds them"
             refuse(ValueError, "RPQ", "x", requirement, f"shape {tuple(x.shape)}", fix)
         rows = x.movedim(self.channel_dim, -1)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             y = F.linear(rows.to(self.projection.dtype), self.projection.flatten(0, 1))
             y = F.normalize(y.unflatten(-1, self.projection.shape[:2]), dim=-1)  # (..., Q, code_dim)
         indices = torch.where(finite_rows(rows), nearest(y, self.weight), 0)

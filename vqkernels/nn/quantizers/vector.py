@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkernels.checks import check_choice, check_count, refuse
+from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
 from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison, recomputing
@@ -117,7 +118,7 @@ class VectorQuantizer(Quantizer):
 
     def codes(self) -> Tensor:
         """Codes (K, D') as latents are compared with them, differentiable where they are learned."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with full_precision(self.codebook.device):
             codes = self.codebook.codes()
             if self.metric == "cosine":
                 codes = F.normalize(codes.to(torch.promote_types(codes.dtype, torch.float32)), dim=-1)
@@ -129,7 +130,7 @@ class VectorQuantizer(Quantizer):
 
     def table(self) -> Tensor:
         """The (K, D) codes as the decoder sees them: what indices stand for."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with full_precision(self.codebook.device):
             return self.outside(self.codes())
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
