@@ -49,8 +49,34 @@ T* data(const Tensor& t) {
 
 }  // namespace
 
-Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither) {
+Prepared::Prepared(const NearestCodeKernels& body, const Tensor& like, const Rows& codebook,
+                   const Rows& dither) {
+  allocate(body, like, codebook, dither.data);
   make(body, codebook, dither);
+}
+
+std::vector<Prepared> Prepared::of_groups(const NearestCodeKernels& body, const Tensor& codebook,
+                                          const MaybeTensor& dither, int64_t groups) {
+  const bool grouped = codebook.dim() == 3;
+  const Rows codes = rows_of(codebook, true, grouped),
+             weights = dither ? rows_of(*dither, false, grouped) : no_rows();
+  std::vector<Prepared> made;
+  made.reserve(static_cast<size_t>(groups));
+  for (int64_t g = 0; g < groups; ++g) {
+    made.push_back(Prepared());
+    made.back().allocate(body, codebook, codes, weights.data);
+  }
+  const auto make = [&](int64_t g, void*) {
+    made[static_cast<size_t>(g)].make(body, group_of(codes, codebook, g),
+                                      dither ? group_of(weights, *dither, g) : weights);
+  };
+  // threads share groups, or the codes of each where that keeps more of them busy
+  const int64_t threads = torch::stable::get_num_threads();
+  if (groups >= std::min(threads, (codes.inner + kCodes - 1) / kCodes))
+    each_task(groups, 0, make);
+  else
+    for (int64_t g = 0; g < groups; ++g) make(g, nullptr);
+  return made;
 }
 
 Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::vector<Tensor> kept) {
@@ -68,7 +94,8 @@ Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::
                      kept[kNumbers].numel() == kNumberCount;
   const bool ours = whole && data<double>(kept[kNumbers])[kTile] == body.codes;
   if (whole && !ours) {
-    make(body, codebook, no_rows());
+    allocate(body, codebook, rows, false);
+    make(body, rows, no_rows());
     return;
   }
   bool fits = whole;
@@ -113,17 +140,17 @@ void Prepared::point() {
   codes.far = data<int64_t>(parts[kFarCodes]);
 }
 
-void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither) {
-  const Rows rows = rows_of(codebook);
-  const int64_t d = rows.features, k = dither.data ? rows.inner - 1 : rows.inner, tiles = tiles_of(body, k),
-                chunks = (k + kCodes - 1) / kCodes;
+void Prepared::allocate(const NearestCodeKernels& body, const Tensor& like, const Rows& codebook,
+                        bool dithered) {
+  const int64_t d = codebook.features, k = dithered ? codebook.inner - 1 : codebook.inner,
+                tiles = tiles_of(body, k);
   const auto empty = [&](int64_t count, ScalarType type) {
-    return torch::stable::new_empty(codebook, {count}, type);
+    return torch::stable::new_empty(like, {count}, type);
   };
   codes.count = k;
   codes.features = d;
-  codes.wide = dither.data || rows.type == Type::f64;
-  const bool in_place = !dither.data && usable_in_place(rows);
+  codes.wide = dithered || codebook.type == Type::f64;
+  const bool in_place = !dithered && usable_in_place(codebook);
   parts = {empty(in_place ? 0 : k * d, codes.wide ? ScalarType::Double : ScalarType::Float),
            empty(k, ScalarType::Byte), empty((d + 15) / 16 * 16, ScalarType::Double),
            // scores of one row read a vector where a tile has fewer codes
@@ -131,10 +158,16 @@ void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, cons
            empty(tiles * body.codes + 16, ScalarType::Int), empty(tiles, ScalarType::Short),
            empty(k / kFarShare, ScalarType::Long), empty(kNumberCount, ScalarType::Double)};
   point();
-  codes.rows = in_place ? rows.data : parts[kRows].mutable_data_ptr();
+}
+
+void Prepared::make(const NearestCodeKernels& body, const Rows& codebook, const Rows& dither) {
+  const int64_t d = codes.features, k = codes.count, tiles = tiles_of(body, k),
+                chunks = (k + kCodes - 1) / kCodes;
+  const bool in_place = !dither.data && usable_in_place(codebook);
+  codes.rows = in_place ? codebook.data : parts[kRows].mutable_data_ptr();
   if (!in_place)
     each_task(chunks, 0, [&](int64_t task, void*) {
-      body.points(rows, dither, task * kCodes, std::min(k, (task + 1) * kCodes), codes.wide,
+      body.points(codebook, dither, task * kCodes, std::min(k, (task + 1) * kCodes), codes.wide,
                   parts[kRows].mutable_data_ptr());
     });
   find_centre();
