@@ -117,7 +117,7 @@ void rescore_open(const NearestCodeKernels& body, const std::vector<Search>& gro
 std::vector<Tensor> prepare_codes(Tensor codebook, ScalarType) {
   const Rows rows = rows_of(codebook);
   check_pair(rows, rows, 1);
-  return Prepared(*kernels().nearest_code, codebook, rows, no_rows()).parts;
+  return Prepared(*kernels().nearest_code, codebook).parts;
 }
 
 std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, MaybeTensor dither, bool exact,
