@@ -72,6 +72,11 @@ class Codebook(nn.Module):
         """Where the codes are."""
         return self.weight.device
 
+    @property
+    def learned(self) -> bool:
+        """Whether codes take a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def codes(self) -> Tensor:
         """The (K, D) codes, differentiable where they are learned."""
         return self.weight
