@@ -84,6 +84,7 @@ def test_modules(name):
         if METHODS[name].warm_up
         else [ImportanceReplacement(TwoPhase(9, 2))]
     )
+    upkeep = upkeep if METHODS[name].upkeep else []
     quantizer = build(name, dim=6, num_codes=8, channel_dim=1, upkeep=upkeep).to(DEVICE)
     optimizer = torch.optim.Adam([*quantizer.parameters(), torch.nn.Parameter(torch.zeros(()))])
     quantizer.follow(optimizer)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqkernels.nn import METHODS, Codebook, EMACodebook, SFDiVeQ, SFDiVeQDetach, VectorQuantizer, build
+from vqkernels.nn import METHODS, STE, Codebook, EMACodebook, SFDiVeQ, SFDiVeQDetach, VectorQuantizer, build
 from vqkernels.nn.metrics import code_counts, perplexity, usage
 from vqkernels.testing import DEVICE, brute_force, family
 
@@ -16,7 +16,8 @@ D, K = 6, 16
 
 def make(name, channel_dim=-1, **options):
     quantizer = build(name, dim=D, num_codes=K, channel_dim=channel_dim, **options).to(DEVICE)
-    quantizer.codebook.assign(torch.randn(K, D, device=DEVICE))
+    if quantizer.codebook.assignable:
+        quantizer.codebook.assign(torch.randn(K, quantizer.codebook.dim, device=DEVICE))
     return quantizer
 
 
@@ -47,7 +48,9 @@ def test_gradients_reach_input_and_parameters(name):
     (z.square().sum() + loss).backward()
     assert x.grad.isfinite().all() and x.grad.any()
     for parameter in quantizer.parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.any(1).sum() > K // 2
+        assert parameter.grad.isfinite().all() and parameter.grad.any()
+    for parameter in quantizer.codebook.row_parameters():
+        assert parameter.grad.any(1).sum() > K // 2
 
 
 @EVERY
@@ -68,7 +71,7 @@ def test_evaluation_is_a_float64_search(name):
     quantizer = make(name).eval()
     x = torch.randn(300, D, device=DEVICE)
     z, indices, _ = quantizer(x)
-    expected, _ = brute_force(x, quantizer.export())
+    expected, _ = brute_force(quantizer.inside(x), quantizer.codes())
     assert torch.equal(indices[:, 0], expected) and torch.equal(z, quantizer.export()[expected])
     assert torch.equal(quantizer(x).z, z)
     assert quantizer.bits_per_latent == 4
@@ -94,7 +97,8 @@ def test_state_dict_round_trip(name):
     assert torch.equal(a.z, b.z) and torch.equal(a.indices, b.indices)
     plain = VectorQuantizer(Codebook(K, D), SFDiVeQ()).to(DEVICE).eval()
     plain.codebook.assign(first.export())
-    assert torch.equal(plain(x).z, first.eval()(x).z)
+    z, indices, _ = first.eval()(x)
+    assert torch.equal(plain.decode(indices), z)
 
 
 @EVERY
@@ -107,9 +111,11 @@ def test_rows_that_are_not_finite(name):
     for mode in (True, False):
         results = []
         for rows in (dirty, x):
-            quantizer = make(name).train(mode)
-            quantizer.codebook.assign(torch.arange(K * D, device=DEVICE).view(K, D) / 50)
             torch.manual_seed(1)
+            quantizer = make(name).train(mode)
+            if quantizer.codebook.assignable:
+                d = quantizer.codebook.dim
+                quantizer.codebook.assign(torch.arange(K * d, device=DEVICE).view(K, d) / 50)
             rows = rows.clone().requires_grad_()
             z, _, loss = quantizer(rows)
             (z[keep].square().sum() + loss).backward() if z.requires_grad else None
@@ -119,7 +125,7 @@ def test_rows_that_are_not_finite(name):
         if mode:
             assert results[0][2][~keep].isnan().all()
             # the losses of STE are means over one row less
-            if name not in ("ste", "ema"):
+            if not isinstance(quantizer.estimator, STE):
                 assert torch.equal(results[0][2][keep], results[1][2][keep])
     quantizer = make(name)
     quantizer(dirty)

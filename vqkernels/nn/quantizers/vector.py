@@ -126,8 +126,12 @@ class VectorQuantizer(Quantizer):
 
     def table(self) -> Tensor:
         """The (K, D) codes as the decoder sees them: what indices stand for."""
+        return self._table(self.codes())
+
+    def _table(self, codes: Tensor) -> Tensor:
+        """The table of `codes`, which may be expensive to make: whoever has them passes them."""
         with torch.autocast(self.codebook.device.type, enabled=False):
-            return self.outside(self.codes())
+            return self.outside(codes)
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         y = self.inside(x)
@@ -138,7 +142,7 @@ class VectorQuantizer(Quantizer):
                 part.start(self.codebook, y.detach(), context)
         estimate = self.estimator(y, self.codes(), context)
         self.observe(y, estimate.indices)
-        z = self.outside(estimate.z).to(x.dtype)
+        z = _laid_out_as(x, self.outside(estimate.z).to(x.dtype))
         if context.mask is not None and self.project_out is not None:
             z = torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
@@ -154,7 +158,8 @@ class VectorQuantizer(Quantizer):
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_initialized()
-        z, indices = self.estimator.evaluate(self.inside(x), self.codes(), self.table())
+        codes = self.codes()
+        z, indices = self.estimator.evaluate(self.inside(x), codes, self._table(codes))
         return z.to(x.dtype), indices
 
     def encode_rows(self, x: Tensor) -> Tensor:
@@ -195,6 +200,11 @@ class VectorQuantizer(Quantizer):
 
     def export(self) -> Tensor:
         return self.table().detach().clone()
+
+
+def _laid_out_as(x: Tensor, z: Tensor) -> Tensor:
+    """z with the strides of x: a linear layer leaves the features last in memory."""
+    return z if z.stride() == x.stride() else torch.empty_like(x).copy_(z)
 
 
 def _reset_moments(optimizer: torch.optim.Optimizer, codebook: Codebook, rows: Tensor) -> None:
