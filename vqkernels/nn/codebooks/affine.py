@@ -84,7 +84,7 @@ class AffineCodebook(_Affine):
         *,
         groups: int = 1,
         lr_scale: float = 10.0,
-        init: str = "normal",
+        init: str = "uniform",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
@@ -136,7 +136,7 @@ class AffineEMACodebook(_Affine):
         *,
         groups: int = 1,
         momentum: float = 0.1,
-        init: str = "normal",
+        init: str = "uniform",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
