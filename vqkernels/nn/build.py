@@ -55,8 +55,8 @@ def build(
     if basis is not None and not method.basis:
         requirement = f"be None for {name!r}, which has none"
         refuse(ValueError, "build", "basis", requirement, "a basis", "Leave it out")
-    spread = NOISE_STD if noise_std is None else check_noise_std("build", noise_std)
-    spec = Spec(dim, num_codes, channel_dim, spread, upkeep, basis)
+    noise = NOISE_STD if noise_std is None else check_noise_std("build", noise_std)
+    spec = Spec(dim, num_codes, channel_dim, noise, upkeep, basis)
     if method.make is not None:
         return method.make(spec)
     codebook = Codebook(num_codes, dim) if method.codebook is None else method.codebook(spec)
