@@ -120,6 +120,25 @@ def test_a_feature_that_never_varies():
     assert (codebook.codes() - wanted)[:, others].abs().max() <= 1e-5
 
 
+def test_codes_that_are_all_the_same():
+    """The 1e-8 of the scale keeps it finite; the codes are the latents' mean."""
+    codebook = AffineEMACodebook(K, D).to(DEVICE)
+    codebook.assign(torch.full((K, D), 2.0, device=DEVICE))
+    x = torch.randn(40, D, device=DEVICE)
+    codebook.observe(x, torch.zeros(40, dtype=torch.int64, device=DEVICE))
+    codebook.commit()
+    scale, eps = codebook.scale_and_bias()[0], torch.finfo(torch.float32).eps
+    torch.testing.assert_close(scale[0], x.std(0, correction=0) * 1e4, rtol=8 * eps, atol=0)
+    assert ((codebook.codes() - x.mean(0)).abs() <= 4 * eps * 2 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_map_is_the_identity_before_the_first_commit(dtype):
+    codebook = AffineEMACodebook(K, D).to(DEVICE, dtype)
+    codebook.observe(torch.randn(9, D, device=DEVICE), torch.zeros(9, dtype=torch.int64, device=DEVICE))
+    assert torch.equal(codebook.codes(), codebook.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["affine", "affine-3", "affine-ema", "affine-ema-3"])
 def test_assigned_codes_show(name, dtype):

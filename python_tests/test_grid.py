@@ -29,7 +29,7 @@ def refusal(codebook, estimator):
     """The two reasons there are, or None: see `vqkernels.nn.codebooks`."""
     if codebook.counts_codes and not estimator.chooses_codes:
         return r"codebook must not count rows per code for .*; got EMACodebook\. Pass"
-    if getattr(estimator, "nu", 0) > 0 and not codebook.learned:
+    if getattr(estimator, "sync", 0) > 0 and not codebook.learned:
         return r"codebook must .*; got EMACodebook\. "
     return None
 

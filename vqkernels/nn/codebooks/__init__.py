@@ -5,7 +5,7 @@ Any codebook goes with any estimator, with two exceptions, which `VectorQuantize
 - a codebook that counts the rows of each code (`EMACodebook`) with an estimator whose rows choose segments between
   codes (the SF-DiVeQ family): there is no code that a row belongs to;
 - a codebook that no gradient moves (`EMACodebook`, or one frozen before) with an estimator that exists to bring the
-  task's gradient to the codes (the synchronized update with nu > 0): nobody would take it.
+  task's gradient to the codes (the synchronized update, `sync` > 0): nobody would take it.
 
 Over codes that no gradient moves, a codebook loss is absent and the estimators that have none train the encoder alone.
 """
