@@ -8,8 +8,13 @@ import importlib
 import pkgutil
 
 from vqkernels.nn.build import build as build
+from vqkernels.nn.codebooks import AffineCodebook as AffineCodebook
+from vqkernels.nn.codebooks import AffineEMACodebook as AffineEMACodebook
 from vqkernels.nn.codebooks import Codebook as Codebook
 from vqkernels.nn.codebooks import EMACodebook as EMACodebook
+from vqkernels.nn.codebooks import HyperNetCodebook as HyperNetCodebook
+from vqkernels.nn.codebooks import ProjectedCodebook as ProjectedCodebook
+from vqkernels.nn.codebooks import SimVQCodebook as SimVQCodebook
 from vqkernels.nn.estimators import NSVQ as NSVQ
 from vqkernels.nn.estimators import STE as STE
 from vqkernels.nn.estimators import Choice as Choice

@@ -89,7 +89,14 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def assign(self, codes: Tensor, where: Tensor | None = None) -> None:
-        """Overwrite codes, as `codes` shows them: all, or those of the (K,) mask `where`."""
+        """Overwrite codes, as `codes` shows them: all, or those of the (K,) mask `where`.
+
+        Raises:
+            ValueError: codes are made of something else and cannot be overwritten one by one.
+        """
+        if not self.assignable:
+            fix = "Train it, or put its codes() into a Codebook"
+            refuse(ValueError, "assign", "codebook", "be assignable", type(self).__name__, fix)
         codes = codes.to(self.weight.dtype)
         self.weight.copy_(codes if where is None else torch.where(where[:, None], codes, self.weight))
 
