@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vqkernels.checks import check_choice, check_count, refuse
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
-from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, recomputing
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable
 from vqkernels.nn.upkeep.base import Upkeep
 
 
@@ -169,7 +169,7 @@ class VectorQuantizer(Quantizer):
 
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         """Let codebook and upkeep take note of x (..., D') and its training indices (...); None in a warm-up."""
-        if recomputing():
+        if not self.observing:
             return
         x = x.detach()
         if indices is not None:
