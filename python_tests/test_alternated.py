@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_autoencoder import B, D, K, Passes, T, autoencoder, batch, optimizers, same, snapshot
+from tiny_autoencoder import B, D, K, Passes, T, autoencoder, batch, optimizers, rounding, same, snapshot
 
 from vqkernels.nn import STE, Codebook, DiVeQ, DiVeQDetach, LatentMeans
 from vqkernels.train.alternated import Alternated
@@ -23,11 +23,6 @@ def plain(scale=1.0):
     codebook = Codebook(K, D, init="normal", dtype=torch.float64)
     codebook.assign(codebook.weight * scale)
     return codebook
-
-
-def rounding(tensor, ops=1000):
-    """What float64 may lose in about `ops` operations on numbers of this size."""
-    return ops * 2.0**-52 * float(tensor.abs().max())
 
 
 def nearest(latents, codes):

@@ -5,7 +5,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_autoencoder import DEVICE, D, K, Passes, autoencoder, batch, clear_batch, optimizers, same, snapshot
+from tiny_autoencoder import (
+    DEVICE,
+    D,
+    K,
+    Passes,
+    autoencoder,
+    batch,
+    clear_batch,
+    exact_indirect,
+    optimizers,
+    rounding,
+    same,
+    snapshot,
+)
 from torch import nn
 
 from vqkernels.nn import STE, Codebook, DiVeQ, DiVeQDetach, ImportanceReplacement, LatentMeans, TwoPhase
@@ -76,42 +89,6 @@ def transcribed(model, x, displacement=0.01):
     return *flat, met
 
 
-def exact_indirect(model, x, xi=XI):
-    """The indirect gradient of eq. 14 without a difference: autograd sees the mixed derivative once no sg hides it."""
-    quantizer, phi = model.quantizer, [p for p in split_parameters(model)[1]]
-    phi = [p for p in phi if all(p is not q for q in model.decoder.parameters())]
-    theta = list(model.decoder.parameters())
-
-    def losses():
-        out = quantizer(model.encoder(x))
-        return F.mse_loss(model.decoder(out.z), x) + out.loss
-
-    start = [p.detach().clone() for p in phi + theta]
-    with quantizer.unobserved():
-        indices = quantizer(model.encoder(x)).indices[..., 0]
-        tentative = torch.autograd.grad(losses(), phi + theta)
-        with torch.no_grad():
-            for p, g in zip(phi + theta, tentative, strict=True):
-                p.sub_(xi * g)
-        v = torch.autograd.grad(losses(), phi)
-        with torch.no_grad():
-            for p, value in zip(phi + theta, start, strict=True):
-                p.copy_(value)
-    code = quantizer.codes()[indices]
-    open_loss = (
-        quantizer.estimator.codebook_weight * (quantizer.inside(model.encoder(x)) - code).square().mean()
-    )
-    slope = torch.autograd.grad(open_loss, phi, create_graph=True, allow_unused=True)
-    along = sum((s * d).sum() for s, d in zip(slope, v, strict=True) if s is not None)
-    found = torch.autograd.grad(along, psi_of(model), materialize_grads=True)
-    return -xi * torch.cat([g.flatten() for g in found])
-
-
-def rounding(*tensors, ops=1000):
-    """What float64 may lose in about `ops` operations on numbers of this size."""
-    return ops * 2.0**-52 * max(float(t.abs().max()) for t in tensors)
-
-
 @pytest.mark.parametrize("codebook", [None, "plain"])
 def test_general_form_is_the_paper_line_by_line(codebook):
     if codebook is not None:
@@ -140,14 +117,14 @@ def test_closed_form_equals_the_general_one():
     assert torch.equal(row(closed[0]), row(general[0]))
     lost = rounding(row(closed[0]), row(closed[1])) / 0.01
     torch.testing.assert_close(row(general[1]), row(closed[1]), rtol=0, atol=lost)
-    torch.testing.assert_close(row(closed[1]), exact_indirect(model, x), rtol=0, atol=lost)
+    torch.testing.assert_close(row(closed[1]), exact_indirect(model, x, XI), rtol=0, atol=lost)
 
 
 def test_the_difference_approaches_the_closed_form_as_its_square(monkeypatch):
     """With a smooth encoder, half the displacement leaves a quarter of the error."""
     model = autoencoder()
     x = clear_batch(model)
-    exact = exact_indirect(model, x)
+    exact = exact_indirect(model, x, XI)
     closed = row(procedure(model, hypergradient="closed").hypergradients(x)[1])
     torch.testing.assert_close(closed, exact, rtol=0, atol=rounding(exact))
     errors = []
@@ -166,7 +143,7 @@ def test_closed_form_with_what_stands_before_the_codes(options):
     codebook = Codebook(K, 2 if "dim" in options else D, init="normal", dtype=torch.float64)
     model, x = autoencoder(codebook=codebook, **options), batch()
     closed = row(procedure(model, hypergradient="closed").hypergradients(x)[1])
-    torch.testing.assert_close(closed, exact_indirect(model, x), rtol=0, atol=rounding(closed))
+    torch.testing.assert_close(closed, exact_indirect(model, x, XI), rtol=0, atol=rounding(closed))
 
 
 def test_where_codes_see_the_task_the_general_form_is_the_derivative(monkeypatch):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vqkernels.nn import STE, Codebook, VectorQuantizer
@@ -85,6 +86,43 @@ def snapshot(model):
 def same(first, second):
     """Whether two snapshots are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def exact_indirect(model, x, xi):
+    """The indirect gradient of eq. 14 without a difference: autograd sees the mixed derivative once no sg hides it."""
+    quantizer, phi = model.quantizer, [p for p in split_parameters(model)[1]]
+    phi = [p for p in phi if all(p is not q for q in model.decoder.parameters())]
+    theta = list(model.decoder.parameters())
+
+    def losses():
+        out = quantizer(model.encoder(x))
+        return F.mse_loss(model.decoder(out.z), x) + out.loss
+
+    start = [p.detach().clone() for p in phi + theta]
+    with quantizer.unobserved():
+        indices = quantizer(model.encoder(x)).indices[..., 0]
+        tentative = torch.autograd.grad(losses(), phi + theta)
+        with torch.no_grad():
+            for p, g in zip(phi + theta, tentative, strict=True):
+                p.sub_(xi * g)
+        v = torch.autograd.grad(losses(), phi)
+        with torch.no_grad():
+            for p, value in zip(phi + theta, start, strict=True):
+                p.copy_(value)
+    code = quantizer.codes()[indices]
+    open_loss = (
+        quantizer.estimator.codebook_weight
+        * (quantizer.inside(model.encoder(x).movedim(quantizer.channel_dim, -1)) - code).square().mean()
+    )
+    slope = torch.autograd.grad(open_loss, phi, create_graph=True, allow_unused=True)
+    along = sum((s * d).sum() for s, d in zip(slope, v, strict=True) if s is not None)
+    found = torch.autograd.grad(along, split_parameters(model)[0], materialize_grads=True)
+    return -xi * torch.cat([g.flatten() for g in found])
+
+
+def rounding(*tensors, ops=1000):
+    """What float64 may lose in about `ops` operations on numbers of this size."""
+    return ops * 2.0**-52 * max(float(t.abs().max()) for t in tensors)
 
 
 class Passes:

@@ -173,6 +173,8 @@ class Procedure:
             self._parameters[name].grad = gradient
         optimizer.step()
         optimizer.zero_grad()
+        # autocast would go on with the parameters of before
+        torch.clear_autocast_cache()
 
     def _descend_codes(self, gradients: Named) -> None:
         self._descend(self.codebook_optimizer, {n: g for n, g in gradients.items() if n in self._psi})
