@@ -44,13 +44,17 @@ def row(gradients):
     return torch.cat([g.flatten() for g in gradients.values()])
 
 
-def transcribed_loss(model, x, indices=None):
-    """MQ eq. 6 with STE, written out: L_task + alpha L_commit + beta L_codebook."""
+def transcribed_loss(model, x):
+    """MQ eq. 6 with STE, written out: L_task + alpha L_commit + beta L_codebook; and its indices."""
     estimator = model.quantizer.estimator
     latents, codes = model.encoder(x), model.quantizer.codebook.codes()
-    if indices is None:
-        indices = (latents[..., None, :] - codes).square().sum(-1).argmin(-1)
+    indices = (latents[..., None, :] - codes).square().sum(-1).argmin(-1)
     code = codes[indices]
+    if isinstance(estimator, DiVeQDetach):
+        # DiVeQ eq. 16: the length of the error has a gradient, its direction has none
+        error = code - latents
+        z = latents + error.norm(dim=-1, keepdim=True) * (error / error.norm(dim=-1, keepdim=True)).detach()
+        return (model.decoder(z) - x).square().mean(), indices
     task = (model.decoder(latents + (code - latents).detach()) - x).square().mean()
     commit = (latents - code.detach()).square().mean()
     codebook = (latents.detach() - code).square().mean()
@@ -89,11 +93,12 @@ def transcribed(model, x, displacement=0.01):
     return *flat, met
 
 
+@pytest.mark.parametrize("estimator", [None, DiVeQDetach()])
 @pytest.mark.parametrize("codebook", [None, "plain"])
-def test_general_form_is_the_paper_line_by_line(codebook):
+def test_general_form_is_the_paper_line_by_line(codebook, estimator):
     if codebook is not None:
         codebook = Codebook(K, D, init="normal", dtype=torch.float64)
-    model, x = autoencoder(codebook=codebook), batch()
+    model, x = autoencoder(estimator, codebook=codebook), batch()
     direct, indirect, _ = transcribed(model, x)
     found = procedure(model, hypergradient="general").hypergradients(x)
     assert indirect.norm() > 1e-4 * direct.norm()

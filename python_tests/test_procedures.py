@@ -27,6 +27,15 @@ PROCEDURES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for each other over a few rows cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def vqvae(estimator=None, dtype=torch.float32):
     torch.manual_seed(0)
     codebook = Codebook(16, 4, init="normal", dtype=dtype)
