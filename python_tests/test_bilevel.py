@@ -350,6 +350,20 @@ def test_a_warm_up_trains_the_model_alone():
     assert meta.step(batch()).direct_norm > 0
 
 
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+@pytest.mark.parametrize("form", ["closed", "general"])
+def test_a_frozen_half(form, frozen):
+    """Without an encoder to train, nothing answers to the codes."""
+    model, before = autoencoder(), snapshot(autoencoder())
+    getattr(model, frozen).requires_grad_(False)
+    report = procedure(model, hypergradient=form).step(batch())
+    assert report.direct_norm > 0 and (report.indirect_norm > 0) == (frozen == "decoder")
+    moved = {
+        name.split(".")[0] for name, value in snapshot(model).items() if not torch.equal(before[name], value)
+    }
+    assert moved == {"encoder", "quantizer", "decoder"} - {frozen}
+
+
 def test_what_does_not_fit_is_refused():
     model = autoencoder()
     pair = optimizers(model)

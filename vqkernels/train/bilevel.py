@@ -167,9 +167,13 @@ class MetaQuantization(Procedure):
             return direct, self._closed(batch, indices, gradients)
         parts = [{n: v for n, v in gradients.items() if n in group} for group in (self._phi, self._theta)]
         phi, theta = (self._difference(here, direction, batch, target) for direction in parts)
-        return direct, {n: -xi * (phi[n] + theta[n]) for n in phi}
+        # psi's gradient has the same entries wherever it is taken
+        both = {n: phi[n] + theta[n] for n in phi} if phi and theta else phi | theta
+        return direct, {n: -xi * g for n, g in both.items()}
 
     def _closed(self, batch: Tensor, indices: Tensor, direction: Named) -> Named:
+        if not direction:
+            return {}
         # the preconditions hold, the type with them
         quantizer = cast(VectorQuantizer, self.model.quantizer)
         phi = {n: self._phi[n].detach() for n in direction}
@@ -185,6 +189,8 @@ class MetaQuantization(Procedure):
 
     def _difference(self, here: Named, direction: Named, batch: Tensor, target: Tensor | None) -> Named:
         """The central difference of psi's gradient along a direction in phi or theta, at the unprimed point."""
+        if not direction:
+            return {}
         length = torch.stack([v.square().sum() for v in direction.values()]).sum().sqrt()
         # a direction of zeros stays one
         eps = _DISPLACEMENT / length.clamp_min(torch.finfo(length.dtype).tiny)
