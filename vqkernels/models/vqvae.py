@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vqkernels.checks import check_count, refuse
-from vqkernels.nn import VectorQuantizer
+from vqkernels.nn import Quantizer
 
 
 class Reconstructed(NamedTuple):
@@ -32,7 +32,7 @@ class VQVAE(nn.Module):
 
     def __init__(
         self,
-        quantizer: VectorQuantizer,
+        quantizer: Quantizer,
         *,
         in_channels: int = 3,
         width: int = 64,
@@ -70,7 +70,7 @@ class VQVAE(nn.Module):
             *(_Residual(width) for _ in range(residual_blocks)),
             nn.Conv2d(width, latent_dim, 1),
         )
-        self.quantizer: VectorQuantizer = quantizer
+        self.quantizer: Quantizer = quantizer
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_dim, width, 1),
             *(_Residual(width) for _ in range(residual_blocks)),

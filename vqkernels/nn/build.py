@@ -48,8 +48,8 @@ def build(
         got = ", ".join(type(part).__name__ for part in upkeep)
         requirement = f"be empty for {name!r}, which has no codes to keep alive"
         refuse(ValueError, "build", "upkeep", requirement, got, "Leave it out")
-    noise_std = NOISE_STD if noise_std is None else check_noise_std("build", noise_std)
-    spec = Spec(dim, num_codes, channel_dim, noise_std, upkeep)
+    noise = NOISE_STD if noise_std is None else check_noise_std("build", noise_std)
+    spec = Spec(dim, num_codes, channel_dim, noise, upkeep)
     if method.make is not None:
         return method.make(spec)
     codebook = Codebook(num_codes, dim) if method.codebook is None else method.codebook(spec)

@@ -48,6 +48,7 @@ class Method:
         noisy: whether a noise_std can be chosen.
         warm_up: whether a warm-up without quantization is advised.
         replace: whether replacement of unused codes is advised.
+        segments: whether training indices are segments between codes, which replacement cannot count.
         upkeep: whether it takes upkeep at all.
     """
 
@@ -60,6 +61,7 @@ class Method:
     noisy: bool = False
     warm_up: bool = False
     replace: bool = False
+    segments: bool = False
     upkeep: bool = True
 
 

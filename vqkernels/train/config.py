@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
+from vqkernels.nn import METHODS, Method
 
-QuantizerName = Literal["sf_diveq", "sf_diveq_detach", "diveq", "diveq_detach", "nsvq", "ste", "ema"]
+if TYPE_CHECKING:
+    QuantizerName = str
+else:
+    QuantizerName = Literal[tuple(METHODS)]
 Upkeep = Literal["paper", "none", "replacement", "warmup", "both"]
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -39,7 +43,7 @@ class TrainConfig:
     """Standard deviation of the direction noise of the DiVeQ family, in units of a latent."""
 
     upkeep: Upkeep = "paper"
-    """Keeping codes alive. paper: warm-up for sf_*, replacement for diveq*, nsvq; none for ste, ema."""
+    """Keeping codes alive. paper: what the method's paper does, such as a warm-up for sf_*, replacement for diveq*."""
 
     warmup: float = 0.1
     """Fraction of the steps without quantization; the codes then start as means of recent latents."""
@@ -102,10 +106,10 @@ class TrainConfig:
 
     def _check(self) -> None:
         name = "train"
-        check_choice(name, "quantizer", self.quantizer, get_args(QuantizerName))
+        check_choice(name, "quantizer", self.quantizer, tuple(METHODS))
         check_choice(name, "upkeep", self.upkeep, get_args(Upkeep))
         check_choice(name, "precision", self.precision, get_args(Precision))
-        check_count(name, "num_codes", self.num_codes, minimum=2 if self.quantizer.startswith("sf_") else 1)
+        check_count(name, "num_codes", self.num_codes, minimum=2 if self.method.segments else 1)
         for field in ("latent_dim", "width", "crop", "batch_size", "steps"):
             check_count(name, field, getattr(self, field), minimum=1)
         for field in ("checkpoint_every", "log_every", "evaluate_every"):
@@ -128,7 +132,10 @@ class TrainConfig:
         if not self.data or not self.out:
             field = "out" if self.data else "data"
             refuse(ValueError, name, field, "name a folder", "an empty string", f"Pass --{field} FOLDER")
-        if self.replaces and self.quantizer.startswith("sf_"):
+        if not self.method.upkeep and self.upkeep not in ("paper", "none"):
+            requirement = f"be paper or none for {self.quantizer}, which has no codes to keep alive"
+            refuse(ValueError, name, "upkeep", requirement, self.upkeep, "Leave --upkeep out")
+        if self.replaces and self.method.segments:
             requirement = (
                 f"be paper, warmup or none for {self.quantizer}, whose training indices are segments"
             )
@@ -146,6 +153,11 @@ class TrainConfig:
             refuse(ValueError, name, "warmup", requirement, got, "Pass more --steps or a larger --batch-size")
 
     @property
+    def method(self) -> Method:
+        """The line of the table that `quantizer` names."""
+        return METHODS[self.quantizer]
+
+    @property
     def factor(self) -> int:
         """Pixels along one side of what a latent covers."""
         return 2**self.downsamplings
@@ -153,9 +165,7 @@ class TrainConfig:
     @property
     def warms_up(self) -> bool:
         """Whether the run starts without quantization."""
-        return self.upkeep in ("warmup", "both") or (
-            self.upkeep == "paper" and self.quantizer.startswith("sf_")
-        )
+        return self.upkeep in ("warmup", "both") or (self.upkeep == "paper" and self.method.warm_up)
 
     @property
     def warmup_steps(self) -> int:
@@ -165,8 +175,7 @@ class TrainConfig:
     @property
     def replaces(self) -> bool:
         """Whether unused codes are replaced."""
-        paper = self.quantizer in ("diveq", "diveq_detach", "nsvq")
-        return self.upkeep in ("replacement", "both") or (self.upkeep == "paper" and paper)
+        return self.upkeep in ("replacement", "both") or (self.upkeep == "paper" and self.method.replace)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of one step: halved at 40 % and at 70 % of the run (DiVeQ).

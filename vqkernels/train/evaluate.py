@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from vqkernels.models import VQVAE
-from vqkernels.nn import SFDiVeQ, SFDiVeQDetach
+from vqkernels.nn import SFDiVeQ, SFDiVeQDetach, VectorQuantizer
 from vqkernels.nn.metrics import code_counts, perplexity, usage
 from vqkernels.train.data import HeldOut, ImageSet
 
@@ -159,7 +159,8 @@ def _evaluating(model: VQVAE, mode: str) -> Iterator[None]:
 
 
 def _space_filling(model: VQVAE) -> SFDiVeQ | SFDiVeQDetach | None:
-    estimator = model.quantizer.estimator
+    quantizer = model.quantizer
+    estimator = quantizer.estimator if isinstance(quantizer, VectorQuantizer) else None
     return estimator if isinstance(estimator, (SFDiVeQ, SFDiVeQDetach)) else None
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from vqkernels.models import VQVAE
-from vqkernels.nn import METHODS, ImportanceReplacement, LatentMeans, TwoPhase, Upkeep, build
+from vqkernels.nn import ImportanceReplacement, LatentMeans, TwoPhase, Upkeep, build
 from vqkernels.train.config import TrainConfig
 
 
@@ -26,7 +26,7 @@ def build_model(config: TrainConfig) -> VQVAE:
         dim=config.latent_dim,
         num_codes=config.num_codes,
         channel_dim=1,
-        noise_std=config.noise_std if METHODS[config.quantizer].noisy else None,
+        noise_std=config.noise_std if config.method.noisy else None,
         upkeep=upkeep,
     )
     model = VQVAE(

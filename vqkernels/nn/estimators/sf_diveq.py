@@ -143,6 +143,7 @@ register(
         estimator=lambda spec: SFDiVeQ(noise_std=spec.noise_std),
         noisy=True,
         warm_up=True,
+        segments=True,
     ),
 )
 register(
@@ -152,5 +153,6 @@ register(
         source="DiVeQ eq. 16",
         estimator=lambda spec: SFDiVeQDetach(),
         warm_up=True,
+        segments=True,
     ),
 )

@@ -30,12 +30,12 @@ class STE(Estimator):
         codes, indices = flat(codes, choice.indices)
         # in float32 or better, so that the codebook's gradient is summed there
         code = gather(codes.to(torch.promote_types(codes.dtype, torch.float32)), indices)
-        finite = finite_rows(x)
-        loss = self.commitment_weight * _mean_square(x, code.detach(), finite)
+        finite, counted = finite_rows(x), (indices >= 0)[..., None]
+        loss = self.commitment_weight * _mean_square(x, code.detach(), finite & counted)
         if codes.requires_grad:
-            loss = loss + self.codebook_weight * _mean_square(x.detach(), code, finite)
+            loss = loss + self.codebook_weight * _mean_square(x.detach(), code, finite & counted)
         # the value is the code itself, not the code up to a rounding; x comes first, its strides are kept
-        z = mark(x - x.detach(), finite) + code.detach().to(x.dtype)
+        z = mark(torch.where(counted, x - x.detach(), 0), finite) + code.detach().to(x.dtype)
         return Estimate(z, choice.indices, loss)
 
     def extra_repr(self) -> str:

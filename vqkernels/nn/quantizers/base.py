@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vqkernels.checks import check_floating, check_mask, refuse
 from vqkernels.nn._random import all_sum, check_equal_ranks, distributed, draw_seed, first_row
-from vqkernels.nn.estimators.base import Context, finite_rows, mark, no_loss
+from vqkernels.nn.estimators.base import Context, finite_rows, no_loss
 
 
 class Quantized(NamedTuple):
@@ -170,7 +170,7 @@ class Quantizer(nn.Module):
             z, indices, loss = self._train(rows, mask)
         else:
             z, indices = self.evaluate_rows(rows)
-            z, loss = mark(z, finite_rows(rows)), no_loss(rows)
+            z, loss = torch.where(finite_rows(rows), z, torch.nan), no_loss(rows)
             if mask is not None:
                 z, indices = torch.where(mask[..., None], z, 0), torch.where(mask[..., None], indices, -1)
         return Quantized(z.movedim(-1, self.channel_dim), indices, loss)
@@ -297,6 +297,13 @@ def check_decodable(indices: Tensor, codes_per_latent: int) -> None:
     if indices.dim() < 1 or indices.shape[-1] != codes_per_latent:
         fix = "Pass the indices that a forward of this quantizer returned"
         refuse(ValueError, "decode", "indices", f"be (..., {codes_per_latent})", tuple(indices.shape), fix)
+
+
+def poison(z: Tensor, x: Tensor, finite: Tensor) -> Tensor:
+    """z, with NaN in value and in dL/dx where a row of x is not `finite` (..., 1), and no other gradient to x."""
+    nothing = (x - x.detach()) * torch.where(finite, 0.0, torch.nan).to(x.dtype)
+    # it comes first: the sum keeps its strides, which are those of x
+    return nothing + torch.where(finite, z, torch.nan)
 
 
 def mean_rows(x: Tensor, mask: Tensor | None) -> Tensor | None:
