@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -70,6 +72,7 @@ class Quantizer(nn.Module):
         self.dim, self.channel_dim = dim, channel_dim
         self._step = 0
         self._uncommitted = self._followed = False
+        self._observing = True
         self._hook: RemovableHandle | None = None
         self._optimizer: weakref.ref | None = None
 
@@ -97,6 +100,29 @@ class Quantizer(nn.Module):
     def idle(self) -> bool:
         """Whether no schedule of the host will change anything any more."""
         return True
+
+    @property
+    def observing(self) -> bool:
+        """Whether a training forward takes note of its batch: not in `unobserved`, nor inside a backward pass."""
+        return self._observing and not recomputing()
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether a training forward waits for its commit."""
+        return self._uncommitted
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Training forwards inside take no note of their batch and wait for no commit: probes of a loss, or steps of
+        the codes alone."""
+        parts = [(part, part._observing) for part in self.modules() if isinstance(part, Quantizer)]
+        try:
+            for part, _ in parts:
+                part._observing = False
+            yield
+        finally:
+            for part, before in parts:
+                part._observing = before
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         """Quantize x (..., D) in training; indices (..., Q)."""
@@ -184,7 +210,7 @@ class Quantizer(nn.Module):
 
     def _begin(self) -> None:
         """Catch up with the commit that nobody called since the last training forward."""
-        if recomputing():
+        if not self.observing:
             return
         if _capturing(self._device()):
             self._check_capture()

@@ -13,7 +13,7 @@ from vqkernels.checks import check_choice, check_count, refuse
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
-from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison, recomputing
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
 from vqkernels.nn.upkeep.base import Upkeep
 
 
@@ -180,7 +180,7 @@ class VectorQuantizer(Quantizer):
 
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         """Let codebook and upkeep take note of x (..., D') and its training indices (...); None in a warm-up."""
-        if recomputing():
+        if not self.observing:
             return
         x = x.detach()
         if indices is not None:
