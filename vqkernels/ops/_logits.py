@@ -66,17 +66,22 @@ def centred(codebook: Tensor, dtype: torch.dtype) -> Codes:
     return Codes(rows, (bias + 0 * centre.sum()).to(dtype), centre)
 
 
+def rows_at_once(num_codes: int, device: torch.device) -> int:
+    """How many rows of K logits are made at a time."""
+    if device.type != "cpu":
+        return max(1, _MOST_ELSEWHERE // num_codes)
+    return max(1, min(_MOST // num_codes, max(_CACHED // num_codes, _LEAST_ROWS)))
+
+
 def chunks(x: Tensor, codes: Codes) -> Iterator[Chunk]:
     """The rows of x (N, D), as many at a time as logits fit in memory."""
-    num_codes = len(codes.rows)
-    most = _MOST if x.device.type == "cpu" else _MOST_ELSEWHERE
-    cached = max(_CACHED // num_codes, _LEAST_ROWS) if x.device.type == "cpu" else most
-    at_once = max(1, min(most // num_codes, cached))
+    at_once = rows_at_once(len(codes.rows), x.device)
     for start in range(0, len(x), at_once):
         rows = slice(start, min(len(x), start + at_once))
         wide = x[rows].double()
         finite = wide.isfinite().all(1)
-        yield Chunk(rows, torch.where(finite[:, None], wide - codes.centre, 0).to(codes.rows.dtype), finite)
+        near = torch.where(finite[:, None], wide - codes.centre, 0)
+        yield Chunk(rows, near.to(codes.rows.dtype), finite)
 
 
 def half_logits(chunk: Chunk, codes: Codes) -> Tensor:
