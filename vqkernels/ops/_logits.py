@@ -59,11 +59,10 @@ def centred(codebook: Tensor, dtype: torch.dtype) -> Codes:
     wide = codebook.double()
     finite = wide.isfinite().all(1)
     wide = torch.where(finite[:, None], wide, 0)
-    centre = wide.sum(0) / finite.sum()
-    # the centre is nan where no code is finite, and so is every logit
+    centre = wide.sum(0) / finite.sum().clamp_min(1)
     rows = (wide - centre).mul_(finite[:, None]).to(dtype)
     bias = torch.where(finite, -rows.double().square().sum(1) / 2, -torch.finfo(dtype).max / 8)
-    return Codes(rows, (bias + 0 * centre.sum()).to(dtype), centre)
+    return Codes(rows, torch.where(finite.any(), bias, torch.nan).to(dtype), centre)
 
 
 def rows_at_once(num_codes: int, device: torch.device) -> int:

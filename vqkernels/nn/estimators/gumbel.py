@@ -99,9 +99,7 @@ class Gumbel(Estimator):
             parts = [
                 self._logits(rows, codes).argmax(1) for rows in flat.split(rows_at_once(len(codes), x.device))
             ]
-        indices = (
-            torch.cat(parts).view(x.shape[:-1]) if parts else flat.new_empty(x.shape[:-1], dtype=torch.int64)
-        )
+        indices = torch.cat(parts).view(x.shape[:-1])
         return torch.where(finite, indices[..., None], 0)
 
     def commit(self, step: int) -> None:
