@@ -16,7 +16,6 @@ from vqkernels.nn.estimators.base import (
     Estimator,
     finite_rows,
     gather,
-    mark,
     masked,
 )
 from vqkernels.nn.estimators.temperature import ExponentialTemperature, Temperature, TemperatureSchedule
@@ -130,10 +129,11 @@ class Gumbel(Estimator):
             parts.append(checkpoint(self._chunk, rows, codes, context.seed, tau, first, use_reentrant=False))
             first = first + len(rows)
         z, indices, kl = (torch.cat(part) for part in zip(*parts, strict=True))
-        shape = x.shape[:-1]
-        finite = finite_rows(x)
+        shape, finite = x.shape[:-1], finite_rows(x)
+        # a row that is not finite is nan, and so is its gradient, but no code and no parameter shall see that
+        z = torch.where(finite, z.view(x.shape), 0) + x * torch.where(finite, 0.0, torch.nan).to(x.dtype)
         kl = torch.where(finite[..., 0], kl.view(shape), torch.nan)
-        return mark(z.view(x.shape), finite), torch.where(finite[..., 0], indices.view(shape), 0), kl
+        return z, torch.where(finite[..., 0], indices.view(shape), 0), kl
 
     def _chunk(
         self, x: Tensor, codes: Tensor, seed: Tensor, tau: Tensor, first: int
