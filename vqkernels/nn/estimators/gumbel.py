@@ -80,7 +80,7 @@ class Gumbel(Estimator):
                 x, codes, temperature=self.temperature(), seed=context.seed, row_offset=context.row_offset
             )
         else:
-            z, indices, kl = self._stream(x, codes, context)
+            z, indices, kl = _stream(self.head, x, codes, self.temperature(), context)
         counted = kl.isfinite()
         if context.mask is not None:
             counted = counted & context.mask
@@ -93,13 +93,10 @@ class Gumbel(Estimator):
     def encode(self, x: Tensor, codes: Tensor) -> Tensor:
         if self.head is None:
             return super().encode(x, codes)
-        finite, flat = finite_rows(x), x.reshape(-1, x.shape[-1])
+        chunks = x.reshape(-1, x.shape[-1]).split(rows_at_once(len(codes), x.device))
         with torch.no_grad():
-            parts = [
-                self._logits(rows, codes).argmax(1) for rows in flat.split(rows_at_once(len(codes), x.device))
-            ]
-        indices = torch.cat(parts).view(x.shape[:-1])
-        return torch.where(finite, indices[..., None], 0)
+            best = torch.cat([head_logits(self.head, rows, codes).argmax(1) for rows in chunks])
+        return torch.where(finite_rows(x), best.view(x.shape[:-1])[..., None], 0)
 
     def commit(self, step: int) -> None:
         self.temperature.commit(step)
@@ -108,47 +105,50 @@ class Gumbel(Estimator):
     def extra_repr(self) -> str:
         return f"kl_weight={self.kl_weight}"
 
-    def _logits(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Logits of the head, float32 or better: x (n, D) -> (n, K); a code that is not finite never wins."""
-        head = self.head
-        parameter = next(head.parameters(), None)
-        x = torch.where(finite_rows(x), x, 0)
-        logits = head(x if parameter is None else x.to(parameter.dtype))
-        if logits.shape != (len(x), len(codes)):
-            fix = "Let its last layer have one output per code"
-            expected = (len(x), len(codes))
-            refuse(ValueError, "Gumbel", "head", f"return {expected}", tuple(logits.shape), fix)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return torch.where(finite_rows(codes)[:, 0], logits, -torch.finfo(logits.dtype).max / 8)
 
-    def _stream(self, x: Tensor, codes: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """What `gumbel_code` returns, of the head's logits."""
-        flat, tau = x.reshape(-1, x.shape[-1]), self.temperature()
-        first, parts = context.row_offset, []
-        for rows in flat.split(rows_at_once(len(codes), x.device)):
-            parts.append(checkpoint(self._chunk, rows, codes, context.seed, tau, first, use_reentrant=False))
-            first = first + len(rows)
-        z, indices, kl = (torch.cat(part) for part in zip(*parts, strict=True))
-        shape, finite = x.shape[:-1], finite_rows(x)
-        # a row that is not finite is nan, and so is its gradient, but no code and no parameter shall see that
-        z = torch.where(finite, z.view(x.shape), 0) + x * torch.where(finite, 0.0, torch.nan).to(x.dtype)
-        kl = torch.where(finite[..., 0], kl.view(shape), torch.nan)
-        return z, torch.where(finite[..., 0], indices.view(shape), 0), kl
+def head_logits(head: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+    """Logits of a head, float32 or better: x (n, D), codes (K, D) -> (n, K); a code that is not finite never wins."""
+    parameter = next(head.parameters(), None)
+    x = torch.where(finite_rows(x), x, 0)
+    logits = head(x if parameter is None else x.to(parameter.dtype))
+    expected = (len(x), len(codes))
+    if logits.shape != expected:
+        fix = "Let its last layer have one output per code"
+        refuse(ValueError, "Gumbel", "head", f"return {expected}", tuple(logits.shape), fix)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.where(finite_rows(codes)[:, 0], logits, -torch.finfo(logits.dtype).max / 8)
 
-    def _chunk(
-        self, x: Tensor, codes: Tensor, seed: Tensor, tau: Tensor, first: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self._logits(x, codes)
-        with torch.autocast(x.device.type, enabled=False):
-            noise = gumbel_noise(seed, len(x), len(codes), first, logits.dtype)
-            log_q = torch.log_softmax(logits, dim=1)
-            kl = math.log(len(codes)) + (log_q.exp() * log_q).sum(1)
-            indices = (logits.detach() + noise).argmax(1)
-            y = torch.softmax((logits + noise) / tau.to(logits.dtype), dim=1)
-            table = torch.where(finite_rows(codes), codes, 0).detach().to(logits.dtype)
-            # 0 in value, and its gradient is that of the soft sum
-            soft = (y - y.detach()) @ table
-            return gather(codes, indices).to(x.dtype) + soft.to(x.dtype), indices, kl
+
+def _stream(
+    head: nn.Module, x: Tensor, codes: Tensor, tau: Tensor, context: Context
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gumbel_code` returns, of a head's logits."""
+    first, parts = context.row_offset, []
+    for rows in x.reshape(-1, x.shape[-1]).split(rows_at_once(len(codes), x.device)):
+        parts.append(checkpoint(_chunk, head, rows, codes, context.seed, tau, first, use_reentrant=False))
+        first = first + len(rows)
+    z, indices, kl = (torch.cat(part) for part in zip(*parts, strict=True))
+    shape, finite = x.shape[:-1], finite_rows(x)
+    # a row that is not finite is nan, and so is its gradient, but no code and no parameter shall see that
+    z = torch.where(finite, z.view(x.shape), 0) + x * torch.where(finite, 0.0, torch.nan).to(x.dtype)
+    kl = torch.where(finite[..., 0], kl.view(shape), torch.nan)
+    return z, torch.where(finite[..., 0], indices.view(shape), 0), kl
+
+
+def _chunk(
+    head: nn.Module, x: Tensor, codes: Tensor, seed: Tensor, tau: Tensor, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = head_logits(head, x, codes)
+    with torch.autocast(x.device.type, enabled=False):
+        noise = gumbel_noise(seed, len(x), len(codes), first, logits.dtype)
+        log_q = torch.log_softmax(logits, dim=1)
+        kl = math.log(len(codes)) + (log_q.exp() * log_q).sum(1)
+        indices = (logits.detach() + noise).argmax(1)
+        y = torch.softmax((logits + noise) / tau.to(logits.dtype), dim=1)
+        table = torch.where(finite_rows(codes), codes, 0).detach().to(logits.dtype)
+        # 0 in value, and its gradient is that of the soft sum
+        soft = (y - y.detach()) @ table
+        return gather(codes, indices).to(x.dtype) + soft.to(x.dtype), indices, kl
 
 
 register(
