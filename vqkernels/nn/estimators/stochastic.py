@@ -21,6 +21,7 @@ class Stochastic(STE):
     Args:
         codebook_weight: weight of the codebook loss; it is absent where the codes are not learned.
         commitment_weight: weight of the commitment loss.
+        sync: nu >= 0 of the synchronized update, as of `STE`.
         temperature: a schedule of tau, >= 0, in units of x squared, or a number; by default from 1 to 0.01 in 10 000
             optimizer steps. Pass one that fits the training: annealing too fast collapses the codebook.
 
@@ -36,9 +37,10 @@ class Stochastic(STE):
         *,
         codebook_weight: float = 1.0,
         commitment_weight: float = 0.25,
+        sync: float = 0.0,
         temperature: TemperatureSchedule | float | None = None,
     ):
-        super().__init__(codebook_weight=codebook_weight, commitment_weight=commitment_weight)
+        super().__init__(codebook_weight=codebook_weight, commitment_weight=commitment_weight, sync=sync)
         schedule = ExponentialTemperature(10_000, 1.0, 0.01) if temperature is None else temperature
         self.temperature = Temperature("Stochastic", schedule, zero=True)
         self.idle = self.temperature.schedule.settled(0)
