@@ -17,6 +17,9 @@ FUNCTIONS = {
     "directional": lambda x, c: vq.directional(
         x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), direction="detach"
     ),
+    "gumbel_code": lambda x, c: vq.ops.gumbel_code(x, c, seed=3).z,
+    "gumbel_code kl": lambda x, c: vq.ops.gumbel_code(x, c, seed=3).kl,
+    "sample_code": lambda x, c: vq.ops.sample_code(x, c, seed=3),
     "code_sums": lambda x, c: vq.code_sums(x, torch.zeros_like(x[..., 0], dtype=torch.int64), 3).sums,
 }
 
@@ -27,7 +30,7 @@ def samples(layout):
     x = x if x.dim() == 3 else x[None]
     codes, seed = torch.randn(9, 7, device=DEVICE), torch.tensor(5, device=DEVICE)
     indices = torch.randint(0, 8, x.shape[:-1], device=DEVICE)
-    position = torch.rand(x.shape[:-1], device=DEVICE)
+    position, tau = torch.rand(x.shape[:-1], device=DEVICE), torch.tensor(0.7, device=DEVICE)
     family = [
         (x, codes, indices, at, seed, direction, 0.1, 4) for at in (None, position) for direction in (0, 1)
     ]
@@ -42,6 +45,21 @@ def samples(layout):
         "directional_backward": [(torch.randn_like(x), *args) for args in family],
         "code_sums": [(x, indices, 9)],
         "philox": [(seed, 6, 3, 1, 2**33)],
+        "gumbel_code": [(x, codes, seed, tau, 4)],
+        "gumbel_code_backward": [
+            (
+                torch.randn_like(x),
+                torch.randn(x.shape[:-1], device=DEVICE),
+                x,
+                codes,
+                seed,
+                tau,
+                4,
+                indices,
+                position,
+            )
+        ],
+        "sample_code": [(x, codes, seed, tau, 4), (x, codes, seed, 0 * tau, 4)],
     }
 
 
@@ -59,7 +77,7 @@ def test_opcheck(name, layout, backend, need):
 @pytest.mark.parametrize("layout", ["contiguous", "channels"])
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_functions(name, layout, backend, need):
-    need("directional" if "diveq" in name else name)
+    need("directional" if "diveq" in name else name.split()[0])
     torch._dynamo.reset()
     x = strided(torch.randn(60, 7, device=DEVICE), layout).requires_grad_()
     codes = torch.randn(9, 7, device=DEVICE, requires_grad=True)
