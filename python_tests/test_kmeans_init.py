@@ -97,6 +97,20 @@ def test_evaluation_before_the_first_batch():
     assert torch.equal(quantizer.export(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_any_layout_and_dtype(dtype):
+    """Codes start from latents as they are compared with codes: behind the channels, projected."""
+    parts = [KMeansInit(iterations=2)]
+    quantizer = VectorQuantizer(Codebook(K, D), STE(), parts, channel_dim=1, dim=3).to(DEVICE)
+    x = torch.randn(2, 3, 6, 6, device=DEVICE).to(dtype)
+    torch.manual_seed(2)
+    quantizer(x)
+    torch.manual_seed(2)
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=DEVICE)
+    expected = kmeans(quantizer.inside(x.movedim(1, -1)), K, iterations=2, seed=seed)
+    assert torch.equal(quantizer.codes(), expected)
+
+
 def test_too_few_rows():
     quantizer = fresh()
     before = quantizer.export()

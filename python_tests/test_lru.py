@@ -82,7 +82,7 @@ def test_latents_are_drawn_over_the_whole_batch():
     x = torch.arange(40.0, device=DEVICE)[:, None].expand(40, D) / 40
     hits = torch.zeros(40, device=DEVICE)
     quantizer = lru(timeout=1)
-    start, runs = quantizer.export(), 400
+    start, runs = quantizer.export(), 200
     for _ in range(runs):
         quantizer.codebook.assign(start)
         quantizer(x)

@@ -227,7 +227,8 @@ class Quantizer(nn.Module):
         """Change codes by what training forwards have seen since the last commit; once per optimizer step.
 
         Args:
-            optimizer: its moments of replaced codes are reset.
+            optimizer: its moments of replaced codes are reset. Adam's count of steps is one for all codes and is not:
+                the first steps of a replaced code are up to (1 - beta1) / sqrt(1 - beta2) learning rates long.
         """
         self._step += 1
         self._uncommitted = False

@@ -228,7 +228,6 @@ class VectorQuantizer(Quantizer):
 
 
 def _reset_moments(optimizer: torch.optim.Optimizer, codebook: Codebook, rows: Tensor) -> None:
-    # the step count of adam is one for all rows, so that its bias correction does not begin anew
     for parameter in codebook.row_parameters():
         for value in optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0:

@@ -11,6 +11,7 @@ from vqkernels.nn._random import all_sum, draw_seed
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.metrics import code_counts
 from vqkernels.nn.upkeep.base import Upkeep
+from vqkernels.nn.upkeep.recent import usable
 from vqkernels.nn.upkeep.schedules import Schedule, check_schedule
 
 
@@ -43,7 +44,7 @@ class ImportanceReplacement(Upkeep):
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         if indices is not None:
             # a row that is not finite has index 0 but used nothing
-            used = torch.where(x.isfinite().all(-1), indices, -1)
+            used = torch.where(usable(x), indices, -1)
             self.counts += all_sum(code_counts(used, len(self.counts)))
 
     @torch.no_grad()

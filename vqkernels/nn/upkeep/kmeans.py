@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vqkernels import philox
 from vqkernels.checks import check_count, check_pair, check_rows, check_seed, refuse
+from vqkernels.nn.upkeep.recent import usable
 from vqkernels.ops import code_sums, nearest_code
 from vqkernels.ops.philox import philox_op
 
@@ -58,7 +59,7 @@ def kmeans(
         _check_start(op, x, num_codes, start)
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.detach().reshape(-1, x.shape[-1])
-    rows = rows[rows.isfinite().all(1)].to(wide)
+    rows = rows[usable(rows)].to(wide)
     if len(rows) < num_codes:
         fix = "Pass more rows or ask for fewer codes"
         refuse(ValueError, op, "x", f"have at least {num_codes} finite rows, one per code", len(rows), fix)
@@ -86,7 +87,9 @@ def _scale(x: Tensor) -> Tensor:
     """A power of two after which squared distances neither overflow nor vanish, 0-d."""
     _, exponent = torch.frexp(x.abs().amax())
     most = 1000 if x.dtype == torch.float64 else 120
-    return torch.exp2(-exponent.clamp(-most, most).double()).to(x.dtype)
+    # written as the bits of a float64: a power function may round
+    bits = (1023 - exponent.long().clamp(-most, most)) << 52
+    return bits.view(torch.float64).to(x.dtype)
 
 
 def _plus_plus(x: Tensor, num_codes: int, seed: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from vqkernels.nn._random import all_sum, draw_seed, rows_before
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.metrics import code_counts
 from vqkernels.nn.upkeep.base import Upkeep
-from vqkernels.nn.upkeep.recent import RecentLatents
+from vqkernels.nn.upkeep.recent import RecentLatents, usable
 from vqkernels.ops.philox import philox_op
 
 
@@ -51,7 +51,7 @@ class LeastRecentlyUsed(Upkeep):
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         if indices is None:
             return
-        good = x.isfinite().all(-1) & (indices >= 0)
+        good = usable(x, indices)
         self.counts += all_sum(code_counts(torch.where(good, indices, -1), len(self.counts)))
         room = len(self.counts)
         words, _ = philox_op(self.seed, 1, (room + 3) // 4, philox.UPKEEP, 0)
