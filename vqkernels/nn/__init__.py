@@ -43,11 +43,17 @@ from vqkernels.nn.quantizers import RPQ as RPQ
 from vqkernels.nn.quantizers.base import Quantized as Quantized
 from vqkernels.nn.quantizers.base import Quantizer as Quantizer
 from vqkernels.nn.quantizers.vector import VectorQuantizer as VectorQuantizer
+from vqkernels.nn.upkeep import Every as Every
 from vqkernels.nn.upkeep import ImportanceReplacement as ImportanceReplacement
+from vqkernels.nn.upkeep import KMeansInit as KMeansInit
 from vqkernels.nn.upkeep import LatentMeans as LatentMeans
+from vqkernels.nn.upkeep import LeastRecentlyUsed as LeastRecentlyUsed
+from vqkernels.nn.upkeep import RepeatedKMeans as RepeatedKMeans
 from vqkernels.nn.upkeep import Schedule as Schedule
 from vqkernels.nn.upkeep import TwoPhase as TwoPhase
 from vqkernels.nn.upkeep import Upkeep as Upkeep
+from vqkernels.nn.upkeep import UpkeepReport as UpkeepReport
+from vqkernels.nn.upkeep import kmeans as kmeans
 
 for _folder in ("estimators", "codebooks", "quantizers"):
     for _file in pkgutil.iter_modules(importlib.import_module(f"{__name__}.{_folder}").__path__):

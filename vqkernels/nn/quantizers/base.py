@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from vqkernels.checks import check_floating, check_mask, refuse
 from vqkernels.nn._random import all_sum, check_equal_ranks, distributed, draw_seed, first_row
 from vqkernels.nn.estimators.base import Context, finite_rows, no_loss
+from vqkernels.nn.upkeep.base import Upkeep, UpkeepReport
 
 
 class Quantized(NamedTuple):
@@ -93,7 +94,7 @@ class Quantizer(nn.Module):
 
     @property
     def initialized(self) -> bool:
-        """False while a warm-up runs."""
+        """False while a warm-up runs, or while codes wait for their first batch."""
         return True
 
     @property
@@ -201,7 +202,7 @@ class Quantizer(nn.Module):
     def _train(self, x: Tensor, mask: Tensor | None) -> Quantized:
         self._begin()
         rows = x.shape[:-1].numel()
-        if self.noisy and self.initialized:
+        if self.noisy:
             check_equal_ranks(rows, x.device)
             seed = draw_seed(x.device)
         else:
@@ -236,7 +237,8 @@ class Quantizer(nn.Module):
         op = type(self).__name__
         if not self.initialized:
             requirement = "be initialized to be captured in a CUDA graph"
-            refuse(RuntimeError, op, "codebook", requirement, "a warm-up under way", "Capture after it")
+            fix = "Capture after the warm-up, or after quantizer.initialize(x) where there is none"
+            refuse(RuntimeError, op, "codebook", requirement, "one that has not started", fix)
         if (self._followed or self._uncommitted) and not self.idle:
             requirement = (
                 "be committed by hand where a CUDA graph is captured, for replays advance no schedule"
@@ -251,11 +253,17 @@ class Quantizer(nn.Module):
         """Change codes by what training forwards have seen since the last commit; once per optimizer step.
 
         Args:
-            optimizer: its moments of replaced codes are reset.
+            optimizer: its moments of replaced codes are reset. Adam's count of steps is one for all codes and is not:
+                the first steps of a replaced code are up to (1 - beta1) / sqrt(1 - beta2) learning rates long.
         """
         self._step += 1
         self._uncommitted = False
         self.commit_parts(optimizer)
+
+    def report(self) -> list[UpkeepReport]:
+        """What each upkeep has replaced so far, those of stages or groups included; waits for no device."""
+        parts = ((name, part) for name, part in self.named_modules() if isinstance(part, Upkeep))
+        return [part.report(name) for name, part in parts]
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Commit after every step of `optimizer`, and reset its moments of replaced codes.

@@ -93,8 +93,8 @@ class VectorQuantizer(Quantizer):
 
     @property
     def initialized(self) -> bool:
-        """False while a warm-up runs."""
-        return all(part.ready for part in self._parts())
+        """False while a warm-up runs, or while codes wait for their first batch."""
+        return all(part.ready and part.started for part in self._parts())
 
     @property
     def idle(self) -> bool:
@@ -139,11 +139,9 @@ class VectorQuantizer(Quantizer):
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         y = self.inside(x)
-        if not self.initialized:
+        if not all(part.ready for part in self._parts()):
             return self._warm_up(x, y, context)
-        for part in self._parts():
-            if not part.started:
-                part.start(self.codebook, y.detach(), context)
+        self.start_codes(y, context)
         estimate = self.estimator(y, self.codes(), context)
         self.observe(y, estimate.indices)
         z = estimate.z.to(x.dtype)
@@ -152,6 +150,38 @@ class VectorQuantizer(Quantizer):
             z = poison(self.outside(torch.where(finite, estimate.z, 0)).to(x.dtype), x, finite)
             z = z if context.mask is None else torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
+
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Start the codes from x, as the first training forward does by itself where upkeep such as `KMeansInit` asks.
+
+        It does nothing where no code waits for a batch. Call it before `torch.compile` or the capture of a CUDA graph,
+        on every rank.
+
+        Args:
+            x, mask: as of a forward.
+        """
+        rows = self._rows(x, mask).detach()
+        seed = torch.zeros((), dtype=torch.int64, device=rows.device)
+        with torch.no_grad():
+            self.start_codes(self.inside(rows), Context(seed, mask=mask))
+
+    def start_codes(self, y: Tensor, context: Context) -> None:
+        """Give the codes their first values from y (..., D'), where they wait for them."""
+        for part in self._parts():
+            if part.started:
+                continue
+            if torch.compiler.is_compiling():
+                fix = "Call quantizer.initialize(x), or run one training forward, before torch.compile"
+                requirement = "be initialized to be compiled"
+                refuse(RuntimeError, "VectorQuantizer", "codebook", requirement, part.waiting, fix)
+            started = part.start(self.codebook, y.detach(), context)
+            if started is not None:
+                self._replaced(part, started, None if self._optimizer is None else self._optimizer())
+
+    def _replaced(self, part: Upkeep, rows: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        part.record(rows, self._step)
+        if optimizer is not None:
+            _reset_moments(optimizer, self.codebook, rows)
 
     def _warm_up(self, x: Tensor, y: Tensor, context: Context) -> Quantized:
         # a masked row is passed over like one that is not finite
@@ -173,10 +203,10 @@ class VectorQuantizer(Quantizer):
         return self.estimator.encode(self.inside(x), self.codes())
 
     def _check_initialized(self) -> None:
-        if not self.initialized:
-            fix = "Train through the warm-up first, or load a state_dict"
-            requirement = "be initialized to evaluate"
-            refuse(RuntimeError, "VectorQuantizer", "codebook", requirement, "a warm-up under way", fix)
+        for part in self._parts():
+            if not (part.ready and part.started):
+                requirement = "be initialized to evaluate"
+                refuse(RuntimeError, "VectorQuantizer", "codebook", requirement, part.waiting, part.remedy)
 
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         """Let codebook and upkeep take note of x (..., D') and its training indices (...); None in a warm-up."""
@@ -197,8 +227,8 @@ class VectorQuantizer(Quantizer):
             # what keeps codes alive waits until they have started
             if started or not part.ready:
                 replaced = part.commit(self.codebook, self._step)
-                if replaced is not None and optimizer is not None:
-                    _reset_moments(optimizer, self.codebook, replaced)
+                if replaced is not None:
+                    self._replaced(part, replaced, optimizer)
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, self.codes_per_latent)
