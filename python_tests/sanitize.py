@@ -37,6 +37,7 @@ TESTS = (
     "nearest_segment",
     "directional",
     "directional_range",
+    "straight_through",
     "code_sums",
     "philox",
 )
