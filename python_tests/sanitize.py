@@ -38,6 +38,7 @@ TESTS = (
     "directional",
     "directional_range",
     "straight_through",
+    "straight_through_rows",
     "code_sums",
     "philox",
 )

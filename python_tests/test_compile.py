@@ -17,9 +17,9 @@ FUNCTIONS = {
     "directional": lambda x, c: vq.directional(
         x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), direction="detach"
     ),
-    "straight_through": lambda x, c: vq.straight_through(
-        x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), rotation=True, sync=0.5
-    ).z,
+    "straight_through": lambda x, c: (
+        vq.straight_through(x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), rotation=True, sync=0.5).z
+    ),
     "code_sums": lambda x, c: vq.code_sums(x, torch.zeros_like(x[..., 0], dtype=torch.int64), 3).sums,
 }
 

@@ -149,8 +149,8 @@ Results run(const Case& c) {
   for (const bool rotation : {false, true})
     for (const bool need_x : {false, true}) {
       const double sync = rotation ? 0.5 : 0;
-      const auto [grad_x, grad_codes] = straight_through_backward(grad, number(0.5), x, codes, indices, rotation,
-                                                                  0.25, 1, sync, need_x, true);
+      const auto [grad_x, grad_codes] = straight_through_backward(grad, number(0.5), x, codes, indices,
+                                                                  rotation, 0.25, 1, sync, need_x, true);
       keep(grad_x, grad_codes);
     }
   if (c.codes > 1)

@@ -57,7 +57,9 @@ def _straight_through(
     store_rows(out, moved, live, column, features, z_feature, EVEN)
     tl.store(sq_dist + rows, square, mask=live)
     counted = live & alive & (mark == 0.0)
-    number = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    number = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(
+        0
+    )
     part = parts + number.to(tl.int64) * 2
     tl.store(part, tl.sum(tl.where(counted, square, 0.0), axis=0))
     tl.store(part + 1, tl.sum(tl.where(counted, 1.0, 0.0), axis=0))

@@ -4,7 +4,8 @@ Sums are made by atomics, or in a fixed order over rows sorted by code, as those
 """
 
 # triton's stubs do not know what its compiler accepts
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -253,12 +254,11 @@ def _sorted_sums(
 ) -> Tensor:
     """dL/dcodebook (K, D) float32 from rows sorted by code."""
     num_codes, rows = len(codebook), len(order)
-    total = None
-    if codebook_weight != 0 or sync == 0:
-        factors = pull.new_ones((2, rows), dtype=torch.float32)
-        factors[1] = codebook_weight * pull
-        total = segment_sums(x, codebook, factors, order, keys, num_codes)
-    if sync == 0:
-        return total
-    upstream = sync * segment_sums(grad, None, None, order, keys, num_codes)
-    return upstream if total is None else total + upstream
+    if sync != 0:
+        upstream = sync * segment_sums(grad, None, None, order, keys, num_codes)
+        if codebook_weight == 0:
+            return upstream
+    factors = pull.new_ones((2, rows), dtype=torch.float32)
+    factors[1] = codebook_weight * pull
+    total = segment_sums(x, codebook, factors, order, keys, num_codes)
+    return total if sync == 0 else total + upstream
