@@ -20,6 +20,9 @@ FUNCTIONS = {
     "gumbel_code": lambda x, c: vq.ops.gumbel_code(x, c, seed=3).z,
     "gumbel_code kl": lambda x, c: vq.ops.gumbel_code(x, c, seed=3).kl,
     "sample_code": lambda x, c: vq.ops.sample_code(x, c, seed=3),
+    "straight_through": lambda x, c: (
+        vq.straight_through(x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), rotation=True, sync=0.5).z
+    ),
     "code_sums": lambda x, c: vq.code_sums(x, torch.zeros_like(x[..., 0], dtype=torch.int64), 3).sums,
 }
 
@@ -43,6 +46,15 @@ def samples(layout):
         "nearest_segment": [(x, codes)],
         "directional": family,
         "directional_backward": [(torch.randn_like(x), *args) for args in family],
+        "straight_through": [(x, codes, indices)],
+        "straight_through_backward": [
+            (torch.randn_like(x), torch.full((), 0.5, device=DEVICE), x, codes, indices, *options)
+            for options in (
+                (False, 0.25, 1.0, 0.0, True, True),
+                (True, 0.25, 1.0, 0.5, True, False),
+                (True, 0.25, 1.0, 0.5, False, True),
+            )
+        ],
         "code_sums": [(x, indices, 9)],
         "philox": [(seed, 6, 3, 1, 2**33)],
         "gumbel_code": [(x, codes, seed, tau, 4)],
