@@ -23,6 +23,7 @@ from vqkernels.nn.estimators import DiVeQ as DiVeQ
 from vqkernels.nn.estimators import DiVeQDetach as DiVeQDetach
 from vqkernels.nn.estimators import Estimate as Estimate
 from vqkernels.nn.estimators import Estimator as Estimator
+from vqkernels.nn.estimators import Rotation as Rotation
 from vqkernels.nn.estimators import SFDiVeQ as SFDiVeQ
 from vqkernels.nn.estimators import SFDiVeQDetach as SFDiVeQDetach
 from vqkernels.nn.methods import METHODS as METHODS

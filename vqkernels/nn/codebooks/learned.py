@@ -74,7 +74,7 @@ class Codebook(nn.Module):
 
     @property
     def learned(self) -> bool:
-        """Whether a gradient moves the codes."""
+        """Whether codes take a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def codes(self) -> Tensor:
