@@ -159,7 +159,7 @@ def _joint(
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        return float(total), indices
+        return float(total.detach()), indices
 
     return run
 
