@@ -112,6 +112,7 @@ def importance():
 # what is built, and its upkeep
 CASES = {
     "ema": ("ema", lambda: [importance()]),
+    "affine_ema": ("affine_ema", lambda: [importance()]),
     "diveq": ("diveq", lambda: [importance()]),
     "nsvq": ("nsvq", lambda: [importance()]),
     "sf_diveq": ("sf_diveq", lambda: [LatentMeans(2, latents_per_code=8)]),
