@@ -196,8 +196,8 @@ def test_two_processes_equal_one():
             torch.testing.assert_close(torch.tensor(found[rank][name][0]), torch.tensor(codes))
         joint = torch.cat([torch.tensor(found[rank][name][1]) for rank in range(2)])
         torch.testing.assert_close(joint, torch.tensor(z))
-        # and something was replaced
-        assert found[0][name][2]["upkeep.0.history"][-1] > 0, name
+        # and something was replaced, but where a map takes all codes to the latents
+        assert found[0][name][2]["upkeep.0.history"][-1] > 0 or name == "affine_ema", name
         # every rank holds the statistics of all, at all times
         for key, value in found[0][name][2].items():
             assert (value == found[1][name][2][key]).all(), (name, key)
