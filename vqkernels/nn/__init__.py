@@ -25,6 +25,8 @@ from vqkernels.nn.methods import Method as Method
 from vqkernels.nn.methods import register as register
 from vqkernels.nn.quantizers.base import Quantized as Quantized
 from vqkernels.nn.quantizers.base import Quantizer as Quantizer
+from vqkernels.nn.quantizers.product import Product as Product
+from vqkernels.nn.quantizers.residual import Residual as Residual
 from vqkernels.nn.quantizers.vector import VectorQuantizer as VectorQuantizer
 from vqkernels.nn.upkeep import ImportanceReplacement as ImportanceReplacement
 from vqkernels.nn.upkeep import LatentMeans as LatentMeans

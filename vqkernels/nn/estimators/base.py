@@ -23,7 +23,8 @@ class Context(NamedTuple):
         seed: 0-d int64, of all noise of this forward.
         row_offset: number of the first row, over all processes.
         mask: (...) bool, False where a row takes no part; None for all.
-        mean_rows: 0-d, rows that count on each process in the mean; None for those found here.
+        mean_rows: 0-d, rows that count on each process in the mean (G of them for a latent in G groups); None for those
+            found here.
     """
 
     seed: Tensor
@@ -72,6 +73,11 @@ class Estimator(nn.Module):
     # whether training indices are codes, and whether it takes groups
     chooses_codes = True
     grouped = True
+    # whether `cross` takes targets that are no codes, such as sums of codes, and whether it has a loss
+    joint = True
+    has_loss = True
+    # whether an evaluation is the nearest code
+    plain = True
 
     def choose(self, x: Tensor, codes: Tensor, context: Context) -> Choice:
         """The code of each row in training, without gradient; by default the nearest."""
@@ -129,7 +135,7 @@ def nearest(x: Tensor, codes: Tensor) -> Tensor:
     """Nearest code of each row: x (..., D), codes (K, D) -> (...); or x (..., G, D), codes (G, K, D) -> (..., G)."""
     if codes.dim() == 2:
         return nearest_code(x, codes).indices
-    return nearest_code(x.movedim(-2, 0), codes).indices.movedim(0, -1)
+    return torch.stack([nearest_code(x[..., g, :], codes[g]).indices for g in range(len(codes))], -1)
 
 
 def flat(codes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

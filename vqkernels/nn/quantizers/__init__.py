@@ -2,4 +2,6 @@
 
 from vqkernels.nn.quantizers.base import Quantized as Quantized
 from vqkernels.nn.quantizers.base import Quantizer as Quantizer
+from vqkernels.nn.quantizers.product import Product as Product
+from vqkernels.nn.quantizers.residual import Residual as Residual
 from vqkernels.nn.quantizers.vector import VectorQuantizer as VectorQuantizer

@@ -133,15 +133,19 @@ class VectorQuantizer(Quantizer):
         y = self.inside(x)
         if not self.initialized:
             return self._warm_up(x, y, context)
-        for part in self._parts():
-            if not part.started:
-                part.start(self.codebook, y.detach(), context)
+        self.start(y.detach(), context)
         estimate = self.estimator(y, self.codes(), context)
         self.observe(y, estimate.indices)
         z = self.outside(estimate.z).to(x.dtype)
         if context.mask is not None and self.project_out is not None:
             z = torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
+
+    def start(self, x: Tensor, context: Context) -> None:
+        """Give codes that wait for it their first values, from the first training batch x (..., D')."""
+        for part in self._parts():
+            if not part.started:
+                part.start(self.codebook, x, context)
 
     def _warm_up(self, x: Tensor, y: Tensor, context: Context) -> Quantized:
         # a masked row is passed over like one that is not finite
