@@ -225,16 +225,16 @@ def _floored(share: float) -> float:
     return int(share * 1e5) / 1e3
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace what is between the marks of a file; ValueError where they are not there."""
     whole = path.read_text(encoding="utf-8")
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
         raise ValueError(
-            f"readme: {path.name} must hold the lines {BEGIN} and {END} once each; got another number. Add them "
+            f"readme: {path.name} must hold the lines {begin} and {end} once each; got another number. Add them "
             "where the tables belong."
         )
-    before, after = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+    before, after = whole[: whole.index(begin)], whole[whole.index(end) :]
+    path.write_text(f"{before}{begin}\n{text}\n{after}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,10 @@ from vqkernels.nn.estimators import SFDiVeQDetach as SFDiVeQDetach
 from vqkernels.nn.methods import METHODS as METHODS
 from vqkernels.nn.methods import Method as Method
 from vqkernels.nn.methods import register as register
+from vqkernels.nn.quantizers import BSQ as BSQ
+from vqkernels.nn.quantizers import FSQ as FSQ
+from vqkernels.nn.quantizers import LFQ as LFQ
+from vqkernels.nn.quantizers import RPQ as RPQ
 from vqkernels.nn.quantizers.base import Quantized as Quantized
 from vqkernels.nn.quantizers.base import Quantizer as Quantizer
 from vqkernels.nn.quantizers.product import Product as Product

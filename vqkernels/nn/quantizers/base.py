@@ -273,6 +273,12 @@ def check_decodable(indices: Tensor, codes_per_latent: int) -> None:
         refuse(ValueError, "decode", "indices", f"be (..., {codes_per_latent})", tuple(indices.shape), fix)
 
 
+def poison(z: Tensor, x: Tensor, finite: Tensor) -> Tensor:
+    """z, with NaN in value and in dL/dx where a row of x is not `finite` (..., 1), and no other gradient to x."""
+    nothing = (x - x.detach()) * torch.where(finite, 0.0, torch.nan).to(x.dtype)
+    return torch.where(finite, z, torch.nan) + nothing
+
+
 def mean_rows(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """Rows that count, averaged over ranks; None in one process, where whoever needs it counts them."""
     if not distributed():

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkernels.checks import check_choice, check_count, refuse
+from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
-from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, recomputing
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison, recomputing
 from vqkernels.nn.upkeep.base import Upkeep
 
 
@@ -107,14 +108,17 @@ class VectorQuantizer(Quantizer):
     def inside(self, x: Tensor) -> Tensor:
         """Latents (..., D) as they are compared with codes: projected and scaled where asked for."""
         if self.project_in is not None:
-            x = self.project_in(x.to(self.project_in.weight.dtype))
+            # a row that is not finite must not reach the weights' gradient
+            finite = finite_rows(x)
+            x = self.project_in(torch.where(finite, x, 0).to(self.project_in.weight.dtype))
+            x = torch.where(finite, x, torch.nan)
         if self.metric == "cosine":
             x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         return x
 
     def codes(self) -> Tensor:
         """Codes (K, D') as latents are compared with them, differentiable where they are learned."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with full_precision(self.codebook.device):
             codes = self.codebook.codes()
             if self.metric == "cosine":
                 codes = F.normalize(codes.to(torch.promote_types(codes.dtype, torch.float32)), dim=-1)
@@ -126,7 +130,7 @@ class VectorQuantizer(Quantizer):
 
     def table(self) -> Tensor:
         """The (K, D) codes as the decoder sees them: what indices stand for."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with full_precision(self.codebook.device):
             return self.outside(self.codes())
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
@@ -136,9 +140,11 @@ class VectorQuantizer(Quantizer):
         self.start(y.detach(), context)
         estimate = self.estimator(y, self.codes(), context)
         self.observe(y, estimate.indices)
-        z = self.outside(estimate.z).to(x.dtype)
-        if context.mask is not None and self.project_out is not None:
-            z = torch.where(context.mask[..., None], z, 0)
+        z = estimate.z.to(x.dtype)
+        if self.project_out is not None:
+            finite = finite_rows(x)
+            z = poison(self.outside(torch.where(finite, estimate.z, 0)).to(x.dtype), x, finite)
+            z = z if context.mask is None else torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
 
     def start(self, x: Tensor, context: Context) -> None:

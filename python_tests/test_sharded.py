@@ -1,0 +1,168 @@
+"""A codebook spread over processes: indices, values, gradients and training equal one process with all of it."""
+
+import os
+import socket
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from vqkernels.nn import NSVQ, STE, Codebook, DiVeQ, EMACodebook, SFDiVeQ, VectorQuantizer
+from vqkernels.nn.quantizers.sharded import ShardedVectorQuantizer, ignore_shards
+
+D, K, ROWS, STEPS = 5, 24, 40, 3
+ESTIMATORS = {"ste": STE, "diveq": DiVeQ, "nsvq": NSVQ}
+
+
+class Model(torch.nn.Module):
+    """A linear encoder and decoder around a quantizer."""
+
+    def __init__(self, quantizer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = torch.nn.Linear(7, D), torch.nn.Linear(D, 7)
+        self.quantizer = quantizer
+
+    def forward(self, x, mask=None):
+        z, indices, loss = self.quantizer(self.encoder(x), mask)
+        return self.decoder(z), indices, loss
+
+
+def codes():
+    """Normal codes; some of the second half equal some of the first, so that ties cross the shards."""
+    made = torch.randn(K, D, generator=torch.Generator().manual_seed(3))
+    made[K // 2 : K // 2 + 3] = made[:3]
+    return made
+
+
+def batches():
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(ROWS, 7, generator=generator) for _ in range(STEPS)]
+
+
+def train(model, bare, part):
+    """Losses, indices and parameters after a few steps on a part of each batch; one row is masked, one is not finite."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    torch.manual_seed(11)
+    seen = []
+    for x in batches():
+        x, mask = x.clone(), torch.ones(ROWS, dtype=torch.bool)
+        mask[5] = False
+        out, indices, loss = model(x[part], mask[part])
+        total = (out - x[part])[mask[part]].square().sum() / ROWS * (ROWS / len(x[part])) + loss
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        seen.append((indices, total.detach()))
+    bare.eval()
+    latents = bare.encoder(batches()[0][part]).detach()
+    latents[1, 2] = torch.inf
+    evaluated = bare.quantizer(latents)
+    parameters = {name: value.detach() for name, value in bare.named_parameters() if "codebook" not in name}
+    return {
+        "indices": [indices for indices, _ in seen],
+        "losses": [loss for _, loss in seen],
+        "parameters": parameters,
+        "codes": bare.quantizer.export(),
+        "z": evaluated.z.detach(),
+        "evaluated": evaluated.indices,
+        "decoded": bare.quantizer.decode(evaluated.indices).detach(),
+    }
+
+
+def on_rank(rank, port, queue):
+    torch.set_num_threads(1)
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    half, part = slice(rank * K // 2, (rank + 1) * K // 2), slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    found = {}
+    for name, estimator in ESTIMATORS.items():
+        quantizer = ShardedVectorQuantizer(Codebook(K // 2, D), estimator())
+        quantizer.codebook.assign(codes()[half])
+        bare = Model(quantizer)
+        assert ignore_shards(bare) == ["quantizer.codebook.weight"]
+        result = train(DistributedDataParallel(bare), bare, part)
+        found[name] = {key: _numpy(value) for key, value in result.items()}
+    queue.put((rank, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _numpy(value):
+    if isinstance(value, dict):
+        return {key: one.numpy() for key, one in value.items()}
+    return [one.numpy() for one in value] if isinstance(value, list) else value.numpy()
+
+
+def test_two_shards_equal_one_codebook():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=on_rank, args=(rank, port, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=180) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+    for name, estimator in ESTIMATORS.items():
+        whole = Model(VectorQuantizer(Codebook(K, D), estimator()))
+        whole.quantizer.codebook.assign(codes())
+        expected = train(whole, whole, slice(None))
+        first, second = found[0][name], found[1][name]
+        for step in range(STEPS):
+            joint = torch.cat([torch.tensor(one["indices"][step]) for one in (first, second)])
+            assert torch.equal(joint, expected["indices"][step]), name
+            assert (joint[5] == -1).all()
+            mean = (first["losses"][step] + second["losses"][step]) / 2
+            torch.testing.assert_close(torch.tensor(mean), expected["losses"][step])
+        for one in (first, second):
+            torch.testing.assert_close(torch.tensor(one["codes"]), expected["codes"])
+            for key, value in expected["parameters"].items():
+                torch.testing.assert_close(torch.tensor(one["parameters"][key]), value)
+            assert (torch.tensor(one["decoded"])[2:] == torch.tensor(one["z"])[2:]).all()
+            assert torch.tensor(one["z"])[1].isnan().all()
+
+
+def test_a_single_process_is_a_vector_quantizer():
+    sharded = ShardedVectorQuantizer(Codebook(K, D), DiVeQ())
+    plain = VectorQuantizer(Codebook(K, D), DiVeQ())
+    for quantizer in (sharded, plain):
+        quantizer.codebook.assign(codes())
+    x = torch.randn(30, D)
+    results = []
+    for quantizer in (sharded, plain):
+        torch.manual_seed(1)
+        rows = x.clone().requires_grad_()
+        z, indices, _ = quantizer(rows)
+        z.square().sum().backward()
+        results.append((z, indices, rows.grad, quantizer.codebook.weight.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(sharded.eval()(x).z, plain.eval()(x).z)
+    assert torch.equal(sharded.export(), plain.export()) and sharded.bits_per_latent == plain.bits_per_latent
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: ShardedVectorQuantizer(EMACodebook(4, 2), STE()),
+            TypeError,
+            "codebook must be a plain learned one",
+        ),
+        (
+            lambda: ShardedVectorQuantizer(Codebook(4, 2), SFDiVeQ()),
+            ValueError,
+            "estimator must search single codes",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,14 @@
+"""Codes keep their precision while everything around them is in half of it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """A region without autocast; nothing where there is none to leave, so that an exported program holds no region."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,102 @@
+"""What quantizers with an implicit codebook have in common: codes are points of a grid, indices their numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vqkernels.checks import check_count
+from vqkernels.nn._autocast import full_precision
+from vqkernels.nn.estimators.base import Context, finite_rows, gather, no_loss
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
+
+# codebooks of up to this many codes are decoded from their table, which rounds alike for any number of rows
+_TABLE = 1 << 16
+
+
+class ImplicitQuantizer(Quantizer):
+    """Base of FSQ, LFQ and BSQ: a straight-through estimator onto a grid that needs no search and learns nothing.
+
+    Where x has another number of features than the grid, linear layers lead there and back.
+
+    A subclass writes `num_codes`, `points` and `snap`, and `penalty` where it has a loss.
+
+    Args:
+        dim: D, features of x.
+        grid_dim: features of the grid.
+        channel_dim: dimension of x that holds the D features.
+    """
+
+    def __init__(self, dim: int, grid_dim: int, *, channel_dim: int = -1):
+        name = type(self).__name__
+        super().__init__(check_count(name, "dim", dim, minimum=1), channel_dim=channel_dim)
+        self.grid_dim = grid_dim
+        self.project_in = self.project_out = None
+        if dim != grid_dim:
+            self.project_in, self.project_out = nn.Linear(dim, grid_dim), nn.Linear(grid_dim, dim)
+
+    @property
+    def bits_per_latent(self) -> float:
+        """log2 K."""
+        return math.log2(self.num_codes)
+
+    def snap(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest points of the grid, (..., d) with the straight-through gradient, and their numbers (...)."""
+        raise NotImplementedError
+
+    def points(self, indices: Tensor) -> Tensor:
+        """The points of the grid with these numbers: int64 (...) -> (..., d) float32."""
+        raise NotImplementedError
+
+    def penalty(self, y: Tensor, counted: Tensor, context: Context) -> Tensor:
+        """The loss of y (..., d), over the rows that are `counted` (...)."""
+        return no_loss(y)
+
+    def _inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents before the grid, 0 in rows that are not finite, and which rows are: (..., 1)."""
+        finite = finite_rows(x)
+        x = torch.where(finite, x, 0)
+        if self.project_in is not None:
+            x = self.project_in(x.to(self.project_in.weight.dtype))
+        return x.to(torch.promote_types(x.dtype, torch.float32)), finite
+
+    def _outside(self, points: Tensor) -> Tensor:
+        if self.project_out is None:
+            return points
+        with full_precision(points.device):
+            return self.project_out(points.to(self.project_out.weight.dtype))
+
+    def train_rows(self, x: Tensor, context: Context) -> Quantized:
+        y, finite = self._inside(x)
+        q, indices = self.snap(y)
+        counted = finite.squeeze(-1) if context.mask is None else finite.squeeze(-1) & context.mask
+        loss = self.penalty(y, counted, context)
+        indices = torch.where(finite.squeeze(-1), indices, 0)
+        z = poison(self._outside(q).to(x.dtype), x, finite)
+        if context.mask is not None:
+            z = torch.where(context.mask[..., None], z, 0)
+            indices = torch.where(context.mask, indices, -1)
+        return Quantized(z, indices[..., None], loss)
+
+    def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        indices = self.encode_rows(x)
+        return self.decode(indices).to(x.dtype), indices
+
+    def encode_rows(self, x: Tensor) -> Tensor:
+        y, finite = self._inside(x)
+        return torch.where(finite, self.snap(y)[1][..., None], 0)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        check_decodable(indices, 1)
+        if self.num_codes <= _TABLE:
+            return gather(self._table(indices.device), indices.squeeze(-1))
+        rows = self._outside(self.points(indices.squeeze(-1).clamp_min(0)))
+        return torch.where(indices >= 0, rows, 0)
+
+    def _table(self, device: torch.device) -> Tensor:
+        return self._outside(self.points(torch.arange(self.num_codes, device=device)))
+
+    def export(self) -> Tensor:
+        return self._table(self._device()).detach().clone()
