@@ -141,7 +141,7 @@ class Residual(Combined):
         words, _ = philox_op(context.seed, examples, 1, DROPOUT, first)
         least = cast(int, self.min_stages)
         kept = least + ((words[:, 0, 0] >> 8) * (len(self._order) - least + 1) >> 24)
-        return kept.view(*leading[:1], *[1] * (len(leading) - 1)).expand(leading)
+        return kept.view((*leading[:1], *[1] * (len(leading) - 1))).expand(leading)
 
     def _warm_up(self, x: Tensor, context: Context) -> Quantized:
         left = x.detach().to(wide(x.dtype))
