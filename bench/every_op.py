@@ -89,6 +89,17 @@ def prepared(inputs: Inputs, backend: str) -> None:
     same(indices.flatten(), brute_force(inputs.x, inputs.codes)[0], "indices of a handle")
 
 
+def grouped(inputs: Inputs, backend: str) -> None:
+    """Two groups in one call, the second of negated codes in another order, find what each finds alone."""
+    books = torch.stack([inputs.codes, -inputs.codes.flip(0)])
+    on_books, on_x = books.to(inputs.on_x.device), inputs.on_x
+    indices, sq_dist = vq.nearest_code(on_x.expand(2, *on_x.shape), on_books, backend=backend)
+    for group, codes in enumerate(books):
+        expected, least = brute_force(inputs.x, codes)
+        same(indices[group].flatten(), expected, f"indices of group {group}")
+        same(sq_dist[group].flatten(), least.to(sq_dist.dtype), f"sq_dist of group {group}")
+
+
 def segment(inputs: Inputs, backend: str) -> None:
     """Segments, positions and distances equal brute force."""
     expected = brute_force_segment(inputs.x, inputs.codes)
@@ -158,6 +169,7 @@ def of_op(op: str, inputs: Inputs, backend: str) -> Iterator[Case]:
     if op == "nearest_code":
         yield "", lambda: nearest(inputs, backend, True)
         yield "fast", lambda: nearest(inputs, backend, False)
+        yield "grouped", lambda: grouped(inputs, backend)
         if hasattr(vq, "prepare"):
             yield "prepared", lambda: prepared(inputs, backend)
     elif op == "nearest_segment" and len(inputs.codes) > 1 and inputs.x.numel() * len(inputs.codes) < 1 << 21:

@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(vqkernels, m) {
   m.def("nearest_segment(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor)");
   m.def("directional(" VQK_DIRECTIONAL_ARGUMENTS ") -> Tensor");
   m.def("directional_backward(Tensor grad, " VQK_DIRECTIONAL_ARGUMENTS ") -> (Tensor, Tensor)");
+  m.def("straight_through(Tensor x, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "straight_through_backward(Tensor grad, Tensor pull, Tensor x, Tensor codebook, Tensor indices, "
+      "bool rotation, float commitment, float codebook_weight, float sync, bool need_x, bool need_codebook) "
+      "-> (Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor indices, SymInt num_codes) -> (Tensor, Tensor)");
   m.def("philox(Tensor seed, SymInt rows, SymInt blocks, int stream, SymInt row_offset) -> (Tensor, Tensor)");
 }
@@ -28,6 +33,8 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
   m.impl("nearest_segment", TORCH_BOX(&vqk::cpu::nearest_segment));
   m.impl("directional", TORCH_BOX(&vqk::cpu::directional));
   m.impl("directional_backward", TORCH_BOX(&vqk::cpu::directional_backward));
+  m.impl("straight_through", TORCH_BOX(&vqk::cpu::straight_through));
+  m.impl("straight_through_backward", TORCH_BOX(&vqk::cpu::straight_through_backward));
   m.impl("code_sums", TORCH_BOX(&vqk::cpu::code_sums));
   m.impl("philox", TORCH_BOX(&vqk::cpu::philox));
 }

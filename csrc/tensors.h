@@ -28,10 +28,11 @@ inline Type type_of(const Tensor& t) {
   return Type::f32;
 }
 
-// (B, M, D), (K, D) with batch 1, or (B, M) with one feature
-inline Rows rows_of(const Tensor& t, bool features = true) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t dims = t.dim(), last = features ? dims - 1 : dims;
+// (B, M, D), (K, D) with batch 1, or (B, M) with one feature; grouped: the first of as many as t.size(0)
+inline Rows rows_of(const Tensor& t, bool features = true, bool grouped = false) {
+  const int64_t first = grouped ? 1 : 0;
+  const int64_t *const sizes = t.sizes().data() + first, *const strides = t.strides().data() + first;
+  const int64_t dims = t.dim() - first, last = features ? dims - 1 : dims;
   STD_TORCH_CHECK(last == 1 || last == 2,
                   "native: tensors must have 1 or 2 leading dims; got another rank. Reshape them.");
   Rows rows;
@@ -44,6 +45,12 @@ inline Rows rows_of(const Tensor& t, bool features = true) {
   rows.stride_inner = strides[last - 1];
   rows.features = features ? sizes[dims - 1] : 1;
   rows.stride_feature = features ? strides[dims - 1] : 1;
+  return rows;
+}
+
+// rows of another group than the first
+inline Rows group_of(Rows rows, const Tensor& t, int64_t group) {
+  if (group > 0) rows.data += group * t.stride(0) * size_of(rows.type);
   return rows;
 }
 
@@ -70,6 +77,18 @@ inline void check_pair(const Rows& x, const Rows& codebook, int64_t min_codes) {
   STD_TORCH_CHECK(
       x.features == codebook.features && codebook.batch == 1 && codebook.inner >= min_codes && x.features > 0,
       "native: codebook must be (K, D) to match x; got another shape. Reshape it.");
+}
+
+// how many groups a search has: 1 where the codebook is (K, D)
+inline int64_t groups_of(const Tensor& x, const Tensor& codebook, const MaybeTensor& dither) {
+  if (codebook.dim() != 3) return 1;
+  const int64_t groups = codebook.size(0);
+  STD_TORCH_CHECK(groups > 0 && x.dim() > 0 && x.size(0) == groups,
+                  "native: x must be (G, B, M, D) or (G, M, D) with a codebook (G, K, D); got another shape. "
+                  "Reshape it.");
+  STD_TORCH_CHECK(!dither || (dither->dim() == 2 && dither->size(0) == groups),
+                  "native: dither must be (G, K - 1); got another shape. Pass one weight per segment.");
+  return groups;
 }
 
 inline ScalarType distance_type(const Rows& x, const Rows& codebook) {

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from vqkernels.nn import Codebook, EMACodebook, SFDiVeQ, SFDiVeQDetach, VectorQuantizer, build
-from vqkernels.nn.metrics import code_counts, perplexity, usage
 from vqkernels.testing import DEVICE, brute_force, family
 
 D, K = 6, 16
@@ -203,17 +202,6 @@ def test_three_evaluations(estimator):
     quantizer.estimator.evaluation = "codeword"
     assert quantizer.bits_per_latent == 4 and quantizer.num_indices == K
     assert quantizer.train().num_indices == K - 1
-
-
-def test_metrics():
-    counts = code_counts(torch.tensor([[0, 1], [1, 3], [-1, 9]]), 4)
-    assert counts.tolist() == [1, 2, 0, 1]
-    assert usage(counts) == 0.75
-    p = torch.tensor([0.25, 0.5, 0.25])
-    torch.testing.assert_close(perplexity(counts), torch.exp(-(p * p.log()).sum()))
-    assert perplexity(torch.tensor([5, 0, 0])) == 1
-    torch.testing.assert_close(perplexity(torch.full((64,), 3)), torch.tensor(64.0))
-    assert perplexity(torch.zeros(3, dtype=torch.int64)).isnan()
 
 
 def test_export_is_a_copy():

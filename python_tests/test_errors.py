@@ -39,7 +39,7 @@ CASES = {
     "wrong rank of the codebook": (
         lambda: vq.nearest_code(X, C[0]),
         ValueError,
-        r"codebook must be \(K, D\); got shape \(4,\)",
+        r"codebook must be \(K, D\) or \(G, K, D\); got shape \(4,\)",
     ),
     "scalar x": (
         lambda: vq.nearest_code(X[0, 0], C),

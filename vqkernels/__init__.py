@@ -9,5 +9,6 @@ from vqkernels.ops import nearest_code as nearest_code
 from vqkernels.ops import nearest_segment as nearest_segment
 from vqkernels.ops import prepare as prepare
 from vqkernels.ops import sf_diveq as sf_diveq
+from vqkernels.ops import straight_through as straight_through
 
 __version__ = "0.1.0"

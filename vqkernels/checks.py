@@ -37,17 +37,21 @@ def check_dtype(op: str, name: str, dtype: object) -> None:
         refuse(TypeError, op, name, "be float16, bfloat16, float32 or float64", dtype, fix)
 
 
-def check_codebook(op: str, codebook: Tensor, *, min_codes: int = 1) -> None:
-    """A `(K, D)` floating-point codebook with enough codes."""
+def check_codebook(op: str, codebook: Tensor, *, min_codes: int = 1, groups: bool = False) -> None:
+    """A `(K, D)` floating-point codebook with enough codes; or `(G, K, D)`, where an op takes groups."""
     check_floating(op, "codebook", codebook)
-    if codebook.dim() != 2:
-        fix = "Reshape it to one row per code"
-        refuse(ValueError, op, "codebook", "be (K, D)", f"shape {tuple(codebook.shape)}", fix)
-    if codebook.shape[0] < min_codes:
+    if codebook.dim() != 2 and not (groups and codebook.dim() == 3):
+        wanted = "be (K, D) or (G, K, D)" if groups else "be (K, D)"
+        one_by_one = codebook.dim() == 3
+        fix = "Pass the codebook of one group at a time" if one_by_one else "Reshape it to one row per code"
+        refuse(ValueError, op, "codebook", wanted, f"shape {tuple(codebook.shape)}", fix)
+    if codebook.dim() == 3 and codebook.shape[0] < 1:
+        refuse(ValueError, op, "codebook", "have at least one group", 0, "Pass a codebook per group of x")
+    if codebook.shape[-2] < min_codes:
         plural = "code" if min_codes == 1 else "codes"
         fix = f"Pass a codebook of {min_codes} or more rows"
-        refuse(ValueError, op, "codebook", f"have at least {min_codes} {plural}", codebook.shape[0], fix)
-    if codebook.shape[1] < 1:
+        refuse(ValueError, op, "codebook", f"have at least {min_codes} {plural}", codebook.shape[-2], fix)
+    if codebook.shape[-1] < 1:
         refuse(
             ValueError,
             op,
@@ -67,18 +71,25 @@ def check_rows(op: str, x: Tensor) -> None:
         refuse(ValueError, op, "x", "have at least one feature", 0, "Pass x with one or more columns")
 
 
-def check_pair(op: str, x: Tensor, codebook: Tensor, *, min_codes: int = 1) -> None:
-    """Latents `(..., D)` and a codebook `(K, D)` on one device."""
-    check_codebook(op, codebook, min_codes=min_codes)
+def check_pair(op: str, x: Tensor, codebook: Tensor, *, min_codes: int = 1, groups: bool = False) -> None:
+    """Latents `(..., D)` and a codebook `(K, D)` on one device; or `(G, ..., D)` and `(G, K, D)`."""
+    check_codebook(op, codebook, min_codes=min_codes, groups=groups)
     check_rows(op, x)
-    if x.shape[-1] != codebook.shape[1]:
+    grouped = codebook.dim() == 3
+    if x.shape[-1] != codebook.shape[-1]:
         d, shape = x.shape[-1], tuple(codebook.shape)
+        transposed = "codebook.mT" if grouped else "codebook.t()"
         fix = (
-            "Pass codebook.t()"
-            if codebook.shape[0] == d
-            else f"Move the {shape[1]} features of x to its last dimension"
+            f"Pass {transposed}"
+            if codebook.shape[-2] == d
+            else f"Move the {shape[-1]} features of x to its last dimension"
         )
-        refuse(ValueError, op, "codebook", f"be (K, {d}) to match x of shape {tuple(x.shape)}", shape, fix)
+        wanted = f"be ({'G, ' if grouped else ''}K, {d}) to match x of shape {tuple(x.shape)}"
+        refuse(ValueError, op, "codebook", wanted, shape, fix)
+    if grouped and (x.dim() < 2 or x.shape[0] != codebook.shape[0]):
+        wanted = f"be ({codebook.shape[0]}, ..., {x.shape[-1]}) to match the groups of the codebook"
+        fix = "Move the groups of x to its first dimension, or pass a codebook (K, D)"
+        refuse(ValueError, op, "x", wanted, tuple(x.shape), fix)
     if x.device != codebook.device:
         refuse(
             ValueError,

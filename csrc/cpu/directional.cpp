@@ -5,16 +5,6 @@
 namespace vqk::cpu {
 namespace {
 
-// visits ranges of rows; a thread takes one after the other
-template <class Visit>
-void each_range(const Rows& rows, size_t scratch_bytes, const Visit& visit) {
-  const int64_t count = rows.count(),
-                at_once = std::clamp<int64_t>((1 << 14) / rows.features / 64 * 64, 64, 1024);
-  each_task((count + at_once - 1) / at_once, scratch_bytes, [&](int64_t task, void* scratch) {
-    visit(task * at_once, std::min(count, (task + 1) * at_once), scratch);
-  });
-}
-
 Directional arguments(const Tensor& x, const Tensor& codebook, const Tensor& indices,
                       const MaybeTensor& position, const Tensor& seed, int64_t direction, double noise_std,
                       int64_t row_offset) {

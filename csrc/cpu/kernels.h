@@ -100,6 +100,21 @@ struct Directional {
   double* pull;    // backward: (points, N) w (g . u) / r
 };
 
+// rows whose squares are added up together, so that a total does not vary with the threads
+constexpr int64_t kTotals = 64;
+
+struct StraightThrough {
+  Rows x, z, grad;  // z is grad_x in the backward pass
+  Rows codebook;    // batch 1
+  Rows indices;     // int64, features 1; type is not used
+  bool wide;        // arithmetic in float64, else float32
+  void* sq_dist;    // forward: (N), float64 if wide, else float32
+  double* totals;   // forward: (N / kTotals, 2) at the first row of each range: sum of squares, rows
+  bool rotation;    // backward
+  double by;        // backward: of x - c in dL/dx
+  int64_t* codes;   // backward: (N) code of each row, -1 where it has no gradient; null: not wanted
+};
+
 // sums of rows per code: of x itself, or of pull * (c - x)
 struct Sums {
   Rows x;
@@ -170,6 +185,15 @@ struct DirectionalKernels {
   void (*backward)(const Directional& args, int64_t begin, int64_t end, void* scratch);
 };
 
+struct StraightThroughKernels {
+  size_t (*scratch)(int64_t features);
+  void (*forward)(const StraightThrough& args, int64_t begin, int64_t end, void* scratch);
+  void (*backward)(const StraightThrough& args, int64_t begin, int64_t end, void* scratch);
+  // rows of out = first + share * second; first null: none
+  void (*add)(const double* first, double share, const double* second, const Rows& out, int64_t begin,
+              int64_t end, void* scratch);
+};
+
 struct CodeSumsKernels {
   size_t (*scratch)(int64_t features);
   // codes[n] = -1 where row n has a feature that is not finite
@@ -213,6 +237,7 @@ struct Kernels {
   const NearestCodeKernels* nearest_code;
   const NearestSegmentKernels* nearest_segment;
   const DirectionalKernels* directional;
+  const StraightThroughKernels* straight_through;
   const CodeSumsKernels* code_sums;
   const PhiloxKernels* philox;
   const PeakKernels* peaks;

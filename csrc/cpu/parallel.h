@@ -9,6 +9,8 @@
 #include <memory>
 #include <new>
 
+#include "rows.h"
+
 namespace vqk {
 
 struct Free {
@@ -38,6 +40,16 @@ void each_task(int64_t tasks, size_t scratch_bytes, const Visit& visit) {
     if (begin == end) return;
     const auto scratch = memory<char>(static_cast<int64_t>(scratch_bytes));
     for (int64_t task = next++; task < tasks; task = next++) visit(task, scratch.get());
+  });
+}
+
+// visits ranges of rows, multiples of 64 of them but for the last; a thread takes one after the other
+template <class Visit>
+void each_range(const Rows& rows, size_t scratch_bytes, const Visit& visit) {
+  const int64_t count = rows.count(),
+                at_once = std::clamp<int64_t>((1 << 14) / rows.features / 64 * 64, 64, 1024);
+  each_task((count + at_once - 1) / at_once, scratch_bytes, [&](int64_t task, void* scratch) {
+    visit(task * at_once, std::min(count, (task + 1) * at_once), scratch);
   });
 }
 

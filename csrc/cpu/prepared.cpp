@@ -17,7 +17,9 @@ constexpr int64_t kFarShare = 16;
 // codes that the centre is taken from
 constexpr int64_t kSample = 128;
 
-enum Part { kRows, kKinds, kCentre, kPacked, kHalfNorms, kAbsent, kFarCodes, kNumbers, kParts };
+constexpr int kParts = Prepared::kParts;
+enum Part { kRows, kKinds, kCentre, kPacked, kHalfNorms, kAbsent, kFarCodes, kNumbers };
+static_assert(kNumbers + 1 == kParts);
 enum Number {
   kTile,
   kCentred,
@@ -32,6 +34,8 @@ enum Number {
   kNumberCount
 };
 
+int64_t padded_features(int64_t features) { return (features + 15) / 16 * 16; }
+
 int64_t tiles_of(const NearestCodeKernels& body, int64_t codes) {
   return (codes + body.codes - 1) / body.codes;
 }
@@ -42,57 +46,106 @@ bool usable_in_place(const Rows& codebook) {
   return contiguous && (codebook.type == Type::f32 || codebook.type == Type::f64);
 }
 
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return 1;
+    case ScalarType::Short: return 2;
+    case ScalarType::Int:
+    case ScalarType::Float: return 4;
+    default: return 8;
+  }
 }
+
+// how many elements of each part a codebook needs, and of which type
+struct Layout {
+  int64_t sizes[kParts];
+  ScalarType types[kParts];
+
+  Layout(const NearestCodeKernels& body, const Rows& codebook, bool dithered) {
+    const int64_t d = codebook.features, k = dithered ? codebook.inner - 1 : codebook.inner,
+                  tiles = tiles_of(body, k);
+    const auto set = [&](Part part, int64_t size, ScalarType type) {
+      sizes[part] = size, types[part] = type;
+    };
+    set(kRows, !dithered && usable_in_place(codebook) ? 0 : k * d,
+        dithered || codebook.type == Type::f64 ? ScalarType::Double : ScalarType::Float);
+    set(kKinds, k, ScalarType::Byte);
+    set(kCentre, padded_features(d), ScalarType::Double);
+    // scores of one row read a vector where a tile has fewer codes
+    set(kPacked, tiles * body.codes * ((d + 1) / 2) + 16, ScalarType::Int);
+    set(kHalfNorms, tiles * body.codes + 16, ScalarType::Int);
+    set(kAbsent, tiles, ScalarType::Short);
+    set(kFarCodes, k / kFarShare, ScalarType::Long);
+    set(kNumbers, kNumberCount, ScalarType::Double);
+  }
+
+  // from group to group; each begins where a line of the caches does
+  int64_t step(int part, int64_t groups) const {
+    return groups > 1 ? (sizes[part] + 63) / 64 * 64 : sizes[part];
+  }
+};
 
 }  // namespace
 
-Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither) {
-  make(body, codebook, dither);
+Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook) {
+  *this = std::move(of_groups(body, codebook, MaybeTensor(), 1).front());
+}
+
+std::vector<Prepared> Prepared::of_groups(const NearestCodeKernels& body, const Tensor& codebook,
+                                          const MaybeTensor& dither, int64_t groups) {
+  const bool grouped = codebook.dim() == 3;
+  const Rows codes = rows_of(codebook, true, grouped),
+             weights = dither ? rows_of(*dither, false, grouped) : no_rows();
+  const Layout layout(body, codes, dither.has_value());
+  std::vector<Tensor> parts;
+  parts.reserve(kParts);
+  for (int part = 0; part < kParts; ++part)
+    parts.push_back(
+        torch::stable::new_empty(codebook, {groups * layout.step(part, groups)}, layout.types[part]));
+  std::vector<Prepared> made(static_cast<size_t>(groups));
+  for (int64_t g = 0; g < groups; ++g)
+    for (int part = 0; part < kParts; ++part)
+      made[static_cast<size_t>(g)].base[part] = static_cast<char*>(parts[part].mutable_data_ptr()) +
+                                              g * layout.step(part, groups) * bytes_of(layout.types[part]);
+  made.front().parts = std::move(parts);
+  const auto make = [&](int64_t g, void*) {
+    made[static_cast<size_t>(g)].make(body, group_of(codes, codebook, g),
+                                      dither ? group_of(weights, *dither, g) : weights);
+  };
+  // threads share groups, or the codes of each where that keeps more of them busy
+  const int64_t threads = torch::stable::get_num_threads();
+  if (groups >= std::min(threads, (codes.inner + kCodes - 1) / kCodes))
+    each_task(groups, 0, make);
+  else
+    for (int64_t g = 0; g < groups; ++g) make(g, nullptr);
+  return made;
 }
 
 Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::vector<Tensor> kept) {
   const Rows rows = rows_of(codebook);
-  const int64_t d = rows.features, k = rows.inner, lanes = tiles_of(body, k) * body.codes;
-  const int64_t sizes[kParts] = {usable_in_place(rows) ? 0 : k * d,
-                                 k,
-                                 (d + 15) / 16 * 16,
-                                 lanes * ((d + 1) / 2) + 16,
-                                 lanes + 16,
-                                 tiles_of(body, k),
-                                 k / kFarShare,
-                                 kNumberCount};
+  const Layout layout(body, rows, false);
   const bool whole = kept.size() == kParts && kept[kNumbers].scalar_type() == ScalarType::Double &&
                      kept[kNumbers].numel() == kNumberCount;
-  const bool ours = whole && data<double>(kept[kNumbers])[kTile] == body.codes;
+  const bool ours = whole && static_cast<const double*>(kept[kNumbers].const_data_ptr())[kTile] == body.codes;
   if (whole && !ours) {
-    make(body, codebook, no_rows());
+    *this = Prepared(body, codebook);
     return;
   }
   bool fits = whole;
-  const ScalarType types[kParts] = {rows.type == Type::f64 ? ScalarType::Double : ScalarType::Float,
-                                    ScalarType::Byte,
-                                    ScalarType::Double,
-                                    ScalarType::Int,
-                                    ScalarType::Int,
-                                    ScalarType::Short,
-                                    ScalarType::Long,
-                                    ScalarType::Double};
   for (int part = 0; fits && part < kParts; ++part)
-    fits = kept[part].numel() == sizes[part] && kept[part].scalar_type() == types[part] &&
+    fits = kept[part].numel() == layout.sizes[part] && kept[part].scalar_type() == layout.types[part] &&
            kept[part].is_contiguous();
   STD_TORCH_CHECK(fits,
                   "nearest_code: parts must be what prepare made of this codebook; got others. Call "
                   "prepare(codebook) again.");
   parts = std::move(kept);
-  codes.count = k;
-  codes.features = d;
+  for (int part = 0; part < kParts; ++part) base[part] = parts[part].mutable_data_ptr();
+  codes.count = rows.inner;
+  codes.features = rows.features;
   codes.wide = rows.type == Type::f64;
-  codes.rows = usable_in_place(rows) ? rows.data : parts[kRows].mutable_data_ptr();
+  codes.rows = usable_in_place(rows) ? rows.data : base[kRows];
   point();
-  const double* const n = data<double>(parts[kNumbers]);
+  const double* const n = memory_of<double>(kNumbers);
   codes.centred = n[kCentred] != 0;
   codes.first_finite = static_cast<int64_t>(n[kFirst]);
   codes.reach = n[kReach];
@@ -105,37 +158,26 @@ Prepared::Prepared(const NearestCodeKernels& body, const Tensor& codebook, std::
 }
 
 void Prepared::point() {
-  codes.kinds = data<uint8_t>(parts[kKinds]);
-  codes.centre = data<double>(parts[kCentre]);
-  codes.packed = data<int32_t>(parts[kPacked]);
-  codes.half_norms = data<int32_t>(parts[kHalfNorms]);
-  codes.absent = data<uint16_t>(parts[kAbsent]);
-  codes.far = data<int64_t>(parts[kFarCodes]);
+  codes.kinds = memory_of<uint8_t>(kKinds);
+  codes.centre = memory_of<double>(kCentre);
+  codes.packed = memory_of<int32_t>(kPacked);
+  codes.half_norms = memory_of<int32_t>(kHalfNorms);
+  codes.absent = memory_of<uint16_t>(kAbsent);
+  codes.far = memory_of<int64_t>(kFarCodes);
 }
 
-void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, const Rows& dither) {
-  const Rows rows = rows_of(codebook);
-  const int64_t d = rows.features, k = dither.data ? rows.inner - 1 : rows.inner, tiles = tiles_of(body, k),
-                chunks = (k + kCodes - 1) / kCodes;
-  const auto empty = [&](int64_t count, ScalarType type) {
-    return torch::stable::new_empty(codebook, {count}, type);
-  };
+void Prepared::make(const NearestCodeKernels& body, const Rows& codebook, const Rows& dither) {
+  const int64_t d = codebook.features, k = dither.data ? codebook.inner - 1 : codebook.inner,
+                tiles = tiles_of(body, k), chunks = (k + kCodes - 1) / kCodes;
   codes.count = k;
   codes.features = d;
-  codes.wide = dither.data || rows.type == Type::f64;
-  const bool in_place = !dither.data && usable_in_place(rows);
-  parts = {empty(in_place ? 0 : k * d, codes.wide ? ScalarType::Double : ScalarType::Float),
-           empty(k, ScalarType::Byte), empty((d + 15) / 16 * 16, ScalarType::Double),
-           // scores of one row read a vector where a tile has fewer codes
-           empty(tiles * body.codes * ((d + 1) / 2) + 16, ScalarType::Int),
-           empty(tiles * body.codes + 16, ScalarType::Int), empty(tiles, ScalarType::Short),
-           empty(k / kFarShare, ScalarType::Long), empty(kNumberCount, ScalarType::Double)};
+  codes.wide = dither.data || codebook.type == Type::f64;
   point();
-  codes.rows = in_place ? rows.data : parts[kRows].mutable_data_ptr();
+  const bool in_place = !dither.data && usable_in_place(codebook);
+  codes.rows = in_place ? codebook.data : base[kRows];
   if (!in_place)
     each_task(chunks, 0, [&](int64_t task, void*) {
-      body.points(rows, dither, task * kCodes, std::min(k, (task + 1) * kCodes), codes.wide,
-                  parts[kRows].mutable_data_ptr());
+      body.points(codebook, dither, task * kCodes, std::min(k, (task + 1) * kCodes), codes.wide, base[kRows]);
     });
   find_centre();
 
@@ -167,7 +209,7 @@ void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, cons
     codes.packed_norm = spread.packed_norm <= codes.packed_norm ? codes.packed_norm : spread.packed_norm;
     codes.residual = spread.residual <= codes.residual ? codes.residual : spread.residual;
   }
-  double* const n = data<double>(parts[kNumbers]);
+  double* const n = memory_of<double>(kNumbers);
   n[kTile] = body.codes;
   n[kCentred] = codes.centred;
   n[kFirst] = static_cast<double>(codes.first_finite);
@@ -184,9 +226,9 @@ void Prepared::make(const NearestCodeKernels& body, const Tensor& codebook, cons
 // scores small beside their differences
 void Prepared::find_centre() {
   const int64_t d = codes.features, step = std::max<int64_t>(1, codes.count / kSample);
-  double* const centre = data<double>(parts[kCentre]);
-  std::fill_n(centre, parts[kCentre].numel(), 0.0);
-  const auto at = [&](int64_t j, int64_t f) {
+  double* const centre = memory_of<double>(kCentre);
+  std::fill_n(centre, padded_features(d), 0.0);
+  const auto value = [&](int64_t j, int64_t f) {
     const int64_t n = j * d + f;
     return codes.wide ? static_cast<const double*>(codes.rows)[n]
                       : static_cast<double>(static_cast<const float*>(codes.rows)[n]);
@@ -195,7 +237,7 @@ void Prepared::find_centre() {
   std::vector<std::pair<int64_t, double>> sample;
   for (int64_t j = 0; j < codes.count; j += step) {
     double square = 0;
-    for (int64_t f = 0; f < d; ++f) square += at(j, f) * at(j, f);
+    for (int64_t f = 0; f < d; ++f) square += value(j, f) * value(j, f);
     if (!std::isfinite(square)) continue;
     sample.emplace_back(j, square);
     sizes.push_back(square);
@@ -207,7 +249,7 @@ void Prepared::find_centre() {
   for (const auto& [j, square] : sample) {
     // one code far from the rest must not carry the centre away from them
     if (square > kFarRatio * kFarRatio * *middle) continue;
-    for (int64_t f = 0; f < d; ++f) sum[static_cast<size_t>(f)] += at(j, f);
+    for (int64_t f = 0; f < d; ++f) sum[static_cast<size_t>(f)] += value(j, f);
     squares += square;
     count += 1;
   }
@@ -256,7 +298,7 @@ void Prepared::set_apart(const double* norms) {
   codes.reach = *std::max_element(usual.begin(), usual.end());
   const double longest = far_beyond(usual, kFarShare);
   if (!(codes.reach > longest)) return;
-  int64_t* const far = data<int64_t>(parts[kFarCodes]);
+  int64_t* const far = memory_of<int64_t>(kFarCodes);
   codes.reach = 0;
   codes.far_reach = HUGE_VAL;
   for (int64_t j = 0; j < codes.count; ++j) {

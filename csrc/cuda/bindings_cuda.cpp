@@ -45,12 +45,13 @@ std::tuple<Tensor, Tensor> sorted(const Tensor& codes) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-// what of a search does not depend on its outputs
+// what of a search does not depend on its outputs; of groups, that of the first
 NearestCode request(const Rows& x, const Tensor& codebook, const MaybeTensor& dither) {
   NearestCode args{};
+  const bool grouped = codebook.dim() == 3;
   args.x = x;
-  args.codebook = rows_of(codebook);
-  args.dither = dither ? rows_of(*dither, false) : no_rows();
+  args.codebook = rows_of(codebook, true, grouped);
+  args.dither = dither ? rows_of(*dither, false, grouped) : no_rows();
   check_pair(args.x, args.codebook, dither ? 2 : 1);
   STD_TORCH_CHECK(!dither || args.dither.inner == args.codebook.inner - 1,
                   "native: dither must be (K - 1,); got another shape. Pass one weight per segment.");
@@ -88,18 +89,22 @@ void check_parts(const std::vector<Tensor>& parts, const Tensor& codebook, Forma
 std::tuple<Tensor, Tensor> nearest_code_op(Tensor x, Tensor codebook, MaybeTensor dither, bool exact,
                                            std::vector<Tensor> parts) {
   const Place place(x);
-  NearestCode args = request(rows_of(x), codebook, dither);
+  const bool grouped = codebook.dim() == 3;
+  const int64_t groups = groups_of(x, codebook, dither);
+  NearestCode args = request(rows_of(x, true, grouped), codebook, dither);
   const ScalarType type = distance_type(args.x, args.codebook);
   const Format format = format_of(args.x.type, args.codebook.type, dither.has_value());
   const int64_t d = args.x.features;
   args.exact = exact;
   args.wide = type == ScalarType::Double;
-  Tensor indices = torch::stable::new_empty(x, {args.x.batch, args.x.inner}, ScalarType::Long);
-  Tensor sq_dist = torch::stable::new_empty(x, {args.x.batch, args.x.inner}, type);
+  const auto leading = x.sizes().slice(0, static_cast<size_t>(x.dim() - 1));
+  Tensor indices = torch::stable::new_empty(x, leading, ScalarType::Long);
+  Tensor sq_dist = torch::stable::new_empty(x, leading, type);
   if (args.x.count() == 0) return {indices, sq_dist};
   args.ready = !parts.empty();
   if (args.ready) {
-    STD_TORCH_CHECK(!dither, "native: parts must be empty where there is dither; got some. Pass none.");
+    STD_TORCH_CHECK(!dither && !grouped,
+                    "native: parts must be empty where there is dither, or are groups; got some. Pass none.");
     check_parts(parts, codebook, format, args.codes, d);
   } else {
     parts = buffers(codebook, format, args.codes, d);
@@ -109,9 +114,17 @@ std::tuple<Tensor, Tensor> nearest_code_op(Tensor x, Tensor codebook, MaybeTenso
   check(scratch_bytes(args, &bytes));
   Tensor scratch = bytes_like(x, bytes);
   args.scratch = scratch.mutable_data_ptr();
-  args.indices = indices.mutable_data_ptr<int64_t>();
-  args.sq_dist = sq_dist.mutable_data_ptr();
-  check(nearest_code(args, place.stream));
+  const int64_t count = args.x.count();
+  // one after the other on the stream, in the same memory
+  for (int64_t g = 0; g < groups; ++g) {
+    NearestCode one = args;
+    one.x = group_of(args.x, x, g);
+    one.codebook = group_of(args.codebook, codebook, g);
+    if (dither) one.dither = group_of(args.dither, *dither, g);
+    one.indices = indices.mutable_data_ptr<int64_t>() + g * count;
+    one.sq_dist = static_cast<char*>(sq_dist.mutable_data_ptr()) + g * count * (args.wide ? 8 : 4);
+    check(nearest_code(one, place.stream));
+  }
   return {indices, sq_dist};
 }
 

@@ -127,6 +127,23 @@ Results run(const Case& c) {
       dither.mutable_data_ptr<float>()[s] = static_cast<float>(s % 9) / 8;
     search(x, dither, true, {});
   }
+  // the rows of each batch in codes of their own, then in points of their curves; one thread per group, or
+  // more
+  Tensor books({c.batch, c.codes, c.features}, c.codes_type);
+  const int64_t bytes = c.features * codes.element_size();
+  for (int64_t row = 0; row < c.batch * c.codes; ++row)
+    std::memcpy(books.mutable_data_ptr<char>() + row * bytes,
+                codes.const_data_ptr<char>() + (row + row / c.codes) % c.codes * bytes,
+                static_cast<size_t>(bytes));
+  for (const bool curve : {false, true}) {
+    if (curve && c.codes < 2) continue;
+    Tensor weights({c.batch, c.codes - 1}, ScalarType::Float);
+    for (int64_t s = 0; s < weights.numel(); ++s)
+      weights.mutable_data_ptr<float>()[s] = static_cast<float>(s % 7) / 8;
+    const auto [found, sq_dist] =
+        nearest_code(x, books, curve ? vqk::MaybeTensor(weights) : vqk::MaybeTensor(), !curve, {});
+    keep(found, sq_dist);
+  }
   for (int64_t direction = 0; direction < 3; ++direction)
     for (const bool curve : {false, true}) {
       if (curve && c.codes < 2) continue;

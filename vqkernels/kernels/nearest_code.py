@@ -85,14 +85,34 @@ def _parts(codebook: Tensor, dither: Tensor | None, plan: Plan) -> list[Tensor]:
 def launch(
     x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Indices int64 and squared distances float32 of (B, M, D) rows."""
-    rows = x.shape[0] * x.shape[1]
-    if rows >= 1 << 31:
-        raise BackendError(f"nearest_code: triton takes fewer than 2^31 rows; got {rows}. Split the batch.")
+    """Indices int64 and squared distances float32 of (B, M, D) rows, or of (G, B, M, D) in codebooks (G, K, D)."""
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     sq_dist = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    if rows == 0:
+    if codebook.dim() == 2:
+        _search(x, codebook, dither, exact, parts, indices, sq_dist)
         return indices, sq_dist
+    for g, codes in enumerate(codebook):
+        weights = None if dither is None else dither[g]
+        rows = x[g] if x.dim() == 4 else x[g : g + 1]
+        _search(rows, codes, weights, exact, [], indices[g], sq_dist[g])
+    return indices, sq_dist
+
+
+def _search(
+    x: Tensor,
+    codebook: Tensor,
+    dither: Tensor | None,
+    exact: bool,
+    parts: list[Tensor],
+    indices: Tensor,
+    sq_dist: Tensor,
+) -> None:
+    """One search of (B, M, D) rows, into indices and squared distances."""
+    rows = indices.numel()
+    if rows >= 1 << 31:
+        raise BackendError(f"nearest_code: triton takes fewer than 2^31 rows; got {rows}. Split the batch.")
+    if rows == 0:
+        return
     plan = Plan(x.dtype, codebook.dtype, dither is not None)
     sizes = architecture(x), x.shape[-1], len(codebook) - plan.dithered, plan.scaled
     with on_device_of(x):
@@ -109,7 +129,6 @@ def launch(
                 file, key, form, alternatives(*sizes), lambda each: milliseconds(lambda: run(each))
             )
         run(form)
-    return indices, sq_dist
 
 
 def _launch(

@@ -17,9 +17,22 @@ from vqkernels.ops.nearest_segment import NearestSegment as NearestSegment
 from vqkernels.ops.nearest_segment import nearest_segment as nearest_segment
 from vqkernels.ops.nearest_segment import nearest_segment_op as _nearest_segment
 from vqkernels.ops.philox import philox_op as _philox
+from vqkernels.ops.straight_through import StraightThrough as StraightThrough
+from vqkernels.ops.straight_through import straight_through as straight_through
+from vqkernels.ops.straight_through import straight_through_backward_op as _straight_through_backward
+from vqkernels.ops.straight_through import straight_through_op as _straight_through
 
 # what `info`, the tests and the benches walk over
 OPS = {
     op.name: op
-    for op in (_nearest_code, _nearest_segment, _directional, _directional_backward, _code_sums, _philox)
+    for op in (
+        _nearest_code,
+        _nearest_segment,
+        _directional,
+        _directional_backward,
+        _straight_through,
+        _straight_through_backward,
+        _code_sums,
+        _philox,
+    )
 }

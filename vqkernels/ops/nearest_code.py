@@ -11,7 +11,7 @@ from torch import Tensor
 from vqkernels import kernels, native
 from vqkernels.checks import check_codebook, check_dtype, check_flag, check_pair, check_rows, refuse
 from vqkernels.dispatch import Op, forced_backend
-from vqkernels.ops._layout import collapse
+from vqkernels.ops._layout import collapse, collapse_groups
 
 # the reference keeps this many float64 scores at a time
 _CHUNK = 1 << 22
@@ -25,15 +25,32 @@ class NearestCode(NamedTuple):
 
 
 def dithered(codebook: Tensor, dither: Tensor) -> Tensor:
-    """Points (1 - l_s) c_s + l_s c_{s+1}, formed in float64, unfused (DiVeQ eq. 11); (K, D), (K-1,) -> (K-1, D)."""
-    weight = dither.double()[:, None]
-    return (1 - weight) * codebook[:-1].double() + weight * codebook[1:].double()
+    """Points (1 - l_s) c_s + l_s c_{s+1}, formed in float64, unfused (DiVeQ eq. 11).
+
+    Args:
+        codebook: (..., K, D).
+        dither: (..., K - 1) the l_s, in [0, 1].
+
+    Returns:
+        points: (..., K - 1, D) float64.
+    """
+    weight = dither.double()[..., None]
+    return (1 - weight) * codebook[..., :-1, :].double() + weight * codebook[..., 1:, :].double()
 
 
 def _reference(
     x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    codes = codebook.double() if dither is None else dithered(codebook, dither)  # (K, D)
+    codes = codebook.double() if dither is None else dithered(codebook, dither)  # ([G,] K, D)
+    dtype = _distance_dtype(x, codebook)
+    if codes.dim() == 2:
+        return _search_group(x, codes, dtype)
+    found = [_search_group(*group, dtype) for group in zip(x, codes, strict=True)]
+    indices, sq_dist = zip(*found, strict=True)
+    return torch.stack(indices), torch.stack(sq_dist)
+
+
+def _search_group(x: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     finite = codes.isfinite().all(1)
     safe = torch.where(finite[:, None], codes, 0)
     flat = x.reshape(-1, x.shape[-1])
@@ -46,7 +63,7 @@ def _reference(
         good = (rows.isfinite().all(1) & finite.any()).nonzero().squeeze(1)
         if len(good):
             indices[start + good], sq_dist[start + good] = _search(rows[good], safe, finite)
-    return indices.view(x.shape[:-1]), sq_dist.view(x.shape[:-1]).to(_distance_dtype(x, codebook))
+    return indices.view(x.shape[:-1]), sq_dist.view(x.shape[:-1]).to(dtype)
 
 
 def _search(x: Tensor, codes: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,15 +197,15 @@ def nearest_code(
     Args:
         x: (..., D) float16, bfloat16, float32 or float64, any strides.
         codebook: (K, D), any of these dtypes (not necessarily that of x), K >= 1, same device; or what `prepare`
-            made of one.
+            made of one; or (G, K, D) with x (G, ..., D): group g of x is searched in codebook g, all in one call.
         exact: False skips the certificate: the winner of the backend's own precision, which may miss the least
             squared distance by four times that precision's error bound.
         backend: "native", "triton" or "reference"; by default the fastest that accepts the inputs, or the one that
             prepared the codebook.
 
     Returns:
-        indices: (...) int64.
-        sq_dist: (...) |x - c_i|^2, float32, or float64 when an input is float64; units of x squared.
+        indices: (...) int64, or (G, ...).
+        sq_dist: (...) or (G, ...), |x - c_i|^2, float32, or float64 when an input is float64; units of x squared.
 
     Raises:
         TypeError: a dtype is not floating-point.
@@ -198,8 +215,8 @@ def nearest_code(
     parts: list[Tensor] = []
     if isinstance(codebook, PreparedCodebook):
         backend, parts, codebook = _prepared(x, codebook, backend)
-    check_pair("nearest_code", x, codebook)
+    check_pair("nearest_code", x, codebook, groups=True)
     check_flag("nearest_code", "exact", exact)
-    flat = collapse(x.detach())
+    flat = collapse_groups(x.detach()) if codebook.dim() == 3 else collapse(x.detach())
     indices, sq_dist = nearest_code_op(flat, codebook.detach(), None, exact, parts, backend=backend)
     return NearestCode(indices.view(x.shape[:-1]), sq_dist.view(x.shape[:-1]))

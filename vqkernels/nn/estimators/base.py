@@ -162,7 +162,8 @@ def gather(codes: Tensor, indices: Tensor) -> Tensor:
 
 def finite_rows(x: Tensor) -> Tensor:
     """Which rows hold no NaN and no Inf: (..., D) -> (..., 1) bool."""
-    return x.isfinite().all(-1, keepdim=True)
+    # one pass: the largest magnitude of a row is NaN or Inf where any of its features is
+    return torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).isfinite()
 
 
 def mark(value: Tensor, finite: Tensor) -> Tensor:

@@ -276,7 +276,8 @@ def check_decodable(indices: Tensor, codes_per_latent: int) -> None:
 def poison(z: Tensor, x: Tensor, finite: Tensor) -> Tensor:
     """z, with NaN in value and in dL/dx where a row of x is not `finite` (..., 1), and no other gradient to x."""
     nothing = (x - x.detach()) * torch.where(finite, 0.0, torch.nan).to(x.dtype)
-    return torch.where(finite, z, torch.nan) + nothing
+    # it comes first: the sum keeps its strides, which are those of x
+    return nothing + torch.where(finite, z, torch.nan)
 
 
 def mean_rows(x: Tensor, mask: Tensor | None) -> Tensor | None:
