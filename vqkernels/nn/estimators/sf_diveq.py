@@ -13,7 +13,7 @@ from vqkernels.nn.estimators.base import Choice, Context, Estimate, Estimator, f
 from vqkernels.nn.estimators.diveq import move
 from vqkernels.nn.methods import Method, register
 from vqkernels.ops import nearest_segment
-from vqkernels.ops._layout import collapse
+from vqkernels.ops._layout import collapse_groups
 from vqkernels.ops.directional import NOISE_STD
 from vqkernels.ops.diveq import dithered_segment
 from vqkernels.ops.nearest_code import nearest_code_op
@@ -143,12 +143,9 @@ def _dithered_segments(x: Tensor, codes: Tensor, seed: Tensor) -> tuple[Tensor, 
     groups, num_codes, _ = codes.shape
     # no segment leads from the last code of a group to the first of the next
     weights = F.pad(dither(seed, groups * num_codes), (0, 1)).view(groups, num_codes)
-    points, between = x.detach().movedim(-2, 0), weights[:, :-1].contiguous()
-    found = [
-        nearest_code_op(collapse(points[g]), codes[g].detach(), between[g], True, [])[0].view(x.shape[:-2])
-        for g in range(groups)
-    ]
-    segments = torch.stack(found, -1)
+    points = collapse_groups(x.detach().movedim(-2, 0))
+    found, _ = nearest_code_op(points, codes.detach(), weights[:, :-1].contiguous(), True, [])
+    segments = found.view(groups, *x.shape[:-2]).movedim(0, -1)
     return segments, weights.flatten()[flat(codes, segments)[1]]
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from vqkernels.checks import check_count, refuse
 from vqkernels.nn._random import split_seed
 from vqkernels.nn.codebooks.learned import Codebook
-from vqkernels.nn.estimators.base import Context, Estimate, finite_rows, mark, no_loss
+from vqkernels.nn.estimators.base import Context, Estimate, finite_rows, flat, gather, mark, no_loss
 from vqkernels.nn.estimators.diveq import DiVeQ
 from vqkernels.nn.methods import Method, Spec, register
-from vqkernels.nn.quantizers.base import Quantized, Quantizer
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable
 from vqkernels.nn.quantizers.combined import (
     Combined,
     check_quantizers,
@@ -168,22 +168,29 @@ class Product(Combined):
             part.start(y[..., g, :].detach(), context)
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.where(finite_rows(x), x, torch.nan)
         alike = self._alike()
         if alike is not None and self.initialized and alike[0].estimator.plain:
-            first = alike[0]
-            y = first.inside(x.unflatten(-1, (len(alike), first.dim)))
-            with torch.no_grad():
-                codes = torch.stack([part.codes() for part in alike])
-                indices = first.estimator.encode(y, codes).squeeze(-1)
+            indices = self._search(x, alike)
             return self.decode(indices).to(x.dtype), indices
         found = [
             evaluate_child(part, group) for part, group in zip(self.ordered(), self._groups(x), strict=True)
         ]
         z, indices = (torch.cat(tensors, -1) for tensors in zip(*found, strict=True))
-        return z.to(x.dtype), indices
+        return z.to(x.dtype), torch.where(finite_rows(x), indices, 0)
+
+    @torch.no_grad()
+    def _search(self, x: Tensor, parts: list[VectorQuantizer]) -> Tensor:
+        first = parts[0]
+        y = first.inside(x.unflatten(-1, (len(parts), first.dim)))
+        indices = first.estimator.encode(y, torch.stack([part.codes() for part in parts])).squeeze(-1)
+        # a row is one: where a group is not finite, no group chooses
+        return torch.where(y.isfinite().flatten(-2).all(-1, keepdim=True), indices, 0)
 
     def decode(self, indices: Tensor) -> Tensor:
+        alike = self._alike()
+        if alike is not None and alike[0].estimator.plain:
+            check_decodable(indices, len(alike))
+            return gather(*flat(torch.stack([part.table() for part in alike]), indices)).flatten(-2)
         points = [
             part.decode(index) for part, index in zip(self.ordered(), self._split(indices), strict=True)
         ]

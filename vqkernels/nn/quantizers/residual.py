@@ -131,7 +131,10 @@ class Residual(Combined):
                 yield context._replace(seed=seed)
                 continue
             mask = kept > q if context.mask is None else context.mask & (kept > q)
-            yield Context(seed, context.row_offset, mask, mean_rows(x, mask))
+            rows = mean_rows(x, mask)
+            # a mean over no rows is 0
+            rows = None if rows is None else torch.where(rows > 0, rows, 1)
+            yield Context(seed, context.row_offset, mask, rows)
 
     def _kept(self, x: Tensor, context: Context) -> Tensor:
         """How many stages each row keeps: (...) int64, the same for all rows of an example."""
