@@ -135,7 +135,7 @@ def nearest(x: Tensor, codes: Tensor) -> Tensor:
     """Nearest code of each row: x (..., D), codes (K, D) -> (...); or x (..., G, D), codes (G, K, D) -> (..., G)."""
     if codes.dim() == 2:
         return nearest_code(x, codes).indices
-    return nearest_code(x.movedim(-2, 0), codes).indices.movedim(0, -1)
+    return nearest_code(x.movedim(-2, 0), codes).indices.movedim(0, -1).contiguous()
 
 
 def flat(codes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,7 @@ def _dithered_segments(x: Tensor, codes: Tensor, seed: Tensor) -> tuple[Tensor, 
     weights = F.pad(dither(seed, groups * num_codes), (0, 1)).view(groups, num_codes)
     points = collapse_groups(x.detach().movedim(-2, 0))
     found, _ = nearest_code_op(points, codes.detach(), weights[:, :-1].contiguous(), True, [])
-    segments = found.view(groups, *x.shape[:-2]).movedim(0, -1)
+    segments = found.view(groups, *x.shape[:-2]).movedim(0, -1).contiguous()
     return segments, weights.flatten()[flat(codes, segments)[1]]
 
 

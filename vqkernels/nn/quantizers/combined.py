@@ -121,10 +121,6 @@ class Combined(Quantizer):
         for child in self.distinct():
             child.commit(optimizer)
 
-    def encode_rows(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.evaluate_rows(x)[1]
-
     def _split(self, indices: Tensor) -> list[Tensor]:
         """Indices (..., Q) of an evaluation, as each child takes them."""
         check_decodable(indices, self.codes_per_latent)

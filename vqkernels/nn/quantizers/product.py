@@ -178,11 +178,11 @@ class Product(Combined):
         z, indices = (torch.cat(tensors, -1) for tensors in zip(*found, strict=True))
         return z.to(x.dtype), torch.where(finite_rows(x), indices, 0)
 
-    @torch.no_grad()
     def _search(self, x: Tensor, parts: list[VectorQuantizer]) -> Tensor:
         first = parts[0]
         y = first.inside(x.unflatten(-1, (len(parts), first.dim)))
-        indices = first.estimator.encode(y, torch.stack([part.codes() for part in parts])).squeeze(-1)
+        codes = torch.stack([part.codes().detach() for part in parts])
+        indices = first.estimator.encode(y, codes).squeeze(-1)
         # a row is one: where a group is not finite, no group chooses
         return torch.where(y.isfinite().flatten(-2).all(-1, keepdim=True), indices, 0)
 
