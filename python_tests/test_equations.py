@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqkernels.nn import Codebook, EMACodebook, SFDiVeQ, SFDiVeQDetach, VectorQuantizer, build
+from vqkernels.nn import STE, Codebook, EMACodebook, SFDiVeQ, SFDiVeQDetach, VectorQuantizer, build
 from vqkernels.testing import DEVICE, brute_force, family
 
 D, K = 6, 16
@@ -33,6 +33,56 @@ def test_ste_equation():
     torch.testing.assert_close(loss + z.square().sum(), reference, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(quantizer.codebook.weight.grad, codes.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("nu", [0.5, 1.0, 2.0, 7.0])
+def test_sync_equation(nu):
+    """Huh eq. 21 to the letter: z + sg(z_q - z) + nu (z_q - sg z_q), so that the task's gradient reaches the code."""
+    codebook = Codebook(K, D, init="normal", dtype=torch.float64).to(DEVICE)
+    quantizer = VectorQuantizer(codebook, STE(sync=nu, codebook_weight=0.9, commitment_weight=0.1))
+    x = torch.randn(50, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    z, _, loss = quantizer(x)
+    (z.square().sum() + loss).backward()
+    y = x.detach().clone().requires_grad_()
+    codes = quantizer.export().requires_grad_()
+    zq = codes[torch.cdist(y, codes).argmin(1)]
+    q = y + (zq - y).detach() + nu * (zq - zq.detach())
+    (q.square().sum() + 0.9 * F.mse_loss(zq, y.detach()) + 0.1 * F.mse_loss(y, zq.detach())).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(codebook.weight.grad, codes.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_rotation_equation():
+    """DiVeQ eq. 4 with every matrix R written out, and the losses of STE."""
+    quantizer = make("rotation").double()
+    x = torch.randn(50, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    z, _, loss = quantizer(x)
+    g = torch.randn_like(z)
+    torch.autograd.backward((z, loss), (g, torch.ones_like(loss)))
+    y = x.detach().clone().requires_grad_()
+    codes = quantizer.export().requires_grad_()
+    chosen = codes[torch.cdist(y, codes).argmin(1)]
+    with torch.no_grad():
+        zbar, cbar = F.normalize(y, dim=1), F.normalize(chosen, dim=1)
+        r = F.normalize(zbar + cbar, dim=1)
+        turn = (
+            torch.eye(D, dtype=torch.float64, device=DEVICE)
+            - 2 * r[:, :, None] * r[:, None]
+            + 2 * cbar[:, :, None] * zbar[:, None]
+        )
+        turn *= (chosen.norm(dim=1) / y.norm(dim=1))[:, None, None]
+    q = torch.einsum("nij,nj->ni", turn, y)
+    reference = F.mse_loss(y.detach(), chosen) + 0.25 * F.mse_loss(y, chosen.detach())
+    torch.autograd.backward((q, reference), (g, torch.ones_like(reference)))
+    torch.testing.assert_close(z, q, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(quantizer.codebook.weight.grad, codes.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_sync_needs_codes_that_take_a_gradient():
+    words = "codebook must learn by gradient for sync = 1.0; got EMACodebook. Pass sync=0"
+    with pytest.raises(ValueError, match=words):
+        VectorQuantizer(EMACodebook(K, D), STE(sync=1.0, codebook_weight=0))
 
 
 def test_ema_equation():

@@ -101,7 +101,7 @@ def test_interrupted_between_forward_and_commit(followed):
     assert second.get_extra_state().tolist() == [0, 0]
 
 
-NAMES = ("ema", "diveq", "nsvq", "sf_diveq", "sf_diveq_detach")
+NAMES = ("ema", "affine_ema", "diveq", "nsvq", "sf_diveq", "sf_diveq_detach")
 
 
 def steps(batches, rank):

@@ -90,7 +90,9 @@ def check(x, codes, indices, rotation, weights, backend, grad=None):
     assert torch.equal(z.reshape(n, d), c.to(x.dtype))
     assert loss.dtype == arithmetic
     # differences, squares, a sum of d terms, and a few products
-    assert (loss.double() - expected_loss).abs() <= (d + 8) * eps * expected_loss + torch.finfo(arithmetic).tiny
+    assert (loss.double() - expected_loss).abs() <= (d + 8) * eps * expected_loss + torch.finfo(
+        arithmetic
+    ).tiny
 
     commitment, codebook_weight, sync = weights
     g, e = grad.double(), (flat.detach() - c)
@@ -180,9 +182,15 @@ def test_rotation_of_any_length(scale, small, backend, need):
     x, codes = (x * scale).requires_grad_(), codes * scale
     z, _ = straight_through(x, codes, indices, rotation=True, commitment=0.0, backend=backend)
     z.backward(grad)
-    expected = (rotation_of(x.detach().double(), codes[indices].double()).mT @ grad.double()[..., None])[..., 0]
+    expected = (rotation_of(x.detach().double(), codes[indices].double()).mT @ grad.double()[..., None])[
+        ..., 0
+    ]
     rho = (codes[indices].norm(dim=1) / x.detach().norm(dim=1)).nan_to_num(1.0)
-    size = 4 * grad.double().norm(dim=1, keepdim=True) * (codes[indices].double().norm(dim=1) / x.detach().double().norm(dim=1))[:, None]
+    size = (
+        4
+        * grad.double().norm(dim=1, keepdim=True)
+        * (codes[indices].double().norm(dim=1) / x.detach().double().norm(dim=1))[:, None]
+    )
     assert rho.isfinite().all()
     assert ((x.grad.double() - expected).abs() <= 40 * torch.finfo(torch.float32).eps * 2 * size).all()
 
@@ -259,15 +267,15 @@ def test_rows_that_are_not_finite(rotation, backend, need):
         dead[[4, 20, 39]] = True
         kept = differentiate(x[~dead], codes, indices[~dead], rotation, weights, backend, grad[~dead], 50.0)
         x[4, 3], x[20, 0], x[39, 9] = torch.nan, torch.inf, -torch.inf
-        z, loss, grad_x, grad_codes = differentiate(
-            x, codes, indices, rotation, weights, backend, grad, 50.0
-        )
+        z, loss, grad_x, grad_codes = differentiate(x, codes, indices, rotation, weights, backend, grad, 50.0)
         assert z[dead].isnan().all() and grad_x[dead].isnan().all()
         assert torch.equal(z[~dead], kept[0])
         # sums of 37 rows in another order
         eps = torch.finfo(torch.float32).eps
         torch.testing.assert_close(loss, kept[1], rtol=48 * eps, atol=0)
-        torch.testing.assert_close(grad_x[~dead], kept[2], rtol=0, atol=4 * eps * float(grad_x[~dead].abs().max()))
+        torch.testing.assert_close(
+            grad_x[~dead], kept[2], rtol=0, atol=4 * eps * float(grad_x[~dead].abs().max())
+        )
         size = grad_codes.abs().max() + 5 * (1.5 * 4 + 4)
         assert ((grad_codes - kept[3]).abs() <= 16 * eps * size).all()
         sq_dist = straight_through_op(x[None], codes, indices[None], backend=backend)[1]
@@ -485,7 +493,12 @@ def test_compiles_as_one_graph(rotation, backend, need):
     ids=lambda value: str(value)[:12],
 )
 def test_errors(change, error, words):
-    given = {"x": torch.randn(4, 3), "codebook": torch.randn(5, 3), "indices": torch.zeros(4).long(), **change}
+    given = {
+        "x": torch.randn(4, 3),
+        "codebook": torch.randn(5, 3),
+        "indices": torch.zeros(4).long(),
+        **change,
+    }
     given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     with pytest.raises(error, match=rf"straight_through: {words}"):
         straight_through(given.pop("x"), given.pop("codebook"), given.pop("indices"), **given)

@@ -8,8 +8,13 @@ import importlib
 import pkgutil
 
 from vqkernels.nn.build import build as build
+from vqkernels.nn.codebooks import AffineCodebook as AffineCodebook
+from vqkernels.nn.codebooks import AffineEMACodebook as AffineEMACodebook
 from vqkernels.nn.codebooks import Codebook as Codebook
 from vqkernels.nn.codebooks import EMACodebook as EMACodebook
+from vqkernels.nn.codebooks import HyperNetCodebook as HyperNetCodebook
+from vqkernels.nn.codebooks import ProjectedCodebook as ProjectedCodebook
+from vqkernels.nn.codebooks import SimVQCodebook as SimVQCodebook
 from vqkernels.nn.estimators import NSVQ as NSVQ
 from vqkernels.nn.estimators import STE as STE
 from vqkernels.nn.estimators import Choice as Choice
@@ -18,6 +23,7 @@ from vqkernels.nn.estimators import DiVeQ as DiVeQ
 from vqkernels.nn.estimators import DiVeQDetach as DiVeQDetach
 from vqkernels.nn.estimators import Estimate as Estimate
 from vqkernels.nn.estimators import Estimator as Estimator
+from vqkernels.nn.estimators import Rotation as Rotation
 from vqkernels.nn.estimators import SFDiVeQ as SFDiVeQ
 from vqkernels.nn.estimators import SFDiVeQDetach as SFDiVeQDetach
 from vqkernels.nn.methods import METHODS as METHODS

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from torch import Tensor
+
 from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.methods import METHODS, Spec
@@ -22,6 +24,7 @@ def build(
     channel_dim: int = -1,
     noise_std: float | None = None,
     upkeep: Sequence[Upkeep] = (),
+    basis: Tensor | None = None,
 ) -> Quantizer:
     """Make one of the usual quantizers by its short name.
 
@@ -33,10 +36,11 @@ def build(
         noise_std: standard deviation of the noise in units of x; None for the paper's sqrt(1e-3).
         upkeep: such as `[ImportanceReplacement(TwoPhase(steps))]`; none by default, also no warm-up. Where there are
             several stages or groups, each has a copy of its own.
+        basis: (K, d') features that the codes of "vqgan_lc" are projected from.
 
     Raises:
-        TypeError, ValueError: the name is unknown, a size does not fit, or the method has no use for a `noise_std` or
-            an upkeep that was given.
+        TypeError, ValueError: the name is unknown, a size does not fit, or the method has no use for a `noise_std`, an
+            upkeep or a `basis` that was given.
     """
     method = METHODS[check_choice("build", "name", name, tuple(METHODS))]
     check_count("build", "dim", dim, minimum=1)
@@ -46,10 +50,13 @@ def build(
         refuse(ValueError, "build", "noise_std", requirement, noise_std, "Leave it out")
     if upkeep and not method.upkeep:
         got = ", ".join(type(part).__name__ for part in upkeep)
-        requirement = f"be empty for {name!r}, which has no codes to keep alive"
+        requirement = f"be empty for {name!r}, which has no codes that can be overwritten"
         refuse(ValueError, "build", "upkeep", requirement, got, "Leave it out")
+    if basis is not None and not method.basis:
+        requirement = f"be None for {name!r}, which has none"
+        refuse(ValueError, "build", "basis", requirement, "a basis", "Leave it out")
     noise = NOISE_STD if noise_std is None else check_noise_std("build", noise_std)
-    spec = Spec(dim, num_codes, channel_dim, noise, upkeep)
+    spec = Spec(dim, num_codes, channel_dim, noise, upkeep, basis)
     if method.make is not None:
         return method.make(spec)
     codebook = Codebook(num_codes, dim) if method.codebook is None else method.codebook(spec)

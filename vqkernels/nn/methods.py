@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from vqkernels.checks import refuse
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class Spec:
         channel_dim: dimension of x that holds the features.
         noise_std: standard deviation of the noise in units of x, for methods that have one.
         upkeep: how codes start and stay alive.
+        basis: (K, d') features that codes are made of, for methods that take some.
     """
 
     dim: int
@@ -32,6 +35,7 @@ class Spec:
     channel_dim: int
     noise_std: float
     upkeep: Sequence[Upkeep]
+    basis: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Method:
         replace: whether replacement of unused codes is advised.
         segments: whether training indices are segments between codes, which replacement cannot count.
         upkeep: whether it takes upkeep at all.
+        basis: whether it takes a basis.
     """
 
     summary: str
@@ -63,6 +68,7 @@ class Method:
     replace: bool = False
     segments: bool = False
     upkeep: bool = True
+    basis: bool = False
 
 
 METHODS: dict[str, Method] = {}

@@ -51,7 +51,7 @@ def _chunks(x: Tensor, codebook: Tensor, indices: Tensor) -> Iterator[tuple]:
 def _turned(g: Tensor, x: Tensor, c: Tensor) -> Tensor:
     """rho R^T g of float64 rows (n, D), with rho = |c|/|x|, s = x/|x| + c/|c| and
 
-        R = I - 2 s s^T / |s|^2 + 2 (c/|c|) (x/|x|)^T,   or I - 2 x x^T / |x|^2 where s is 0
+    R = I - 2 s s^T / |s|^2 + 2 (c/|c|) (x/|x|)^T,   or I - 2 x x^T / |x|^2 where s is 0
     """
     x_norm, c_norm = x.norm(dim=1, keepdim=True), c.norm(dim=1, keepdim=True)
     u = torch.where(x_norm > 0, x / x_norm, 0)
@@ -157,9 +157,7 @@ straight_through_backward_op = Op(
     fake=_fake_backward,
 )
 straight_through_backward_op.add_native(native.MISSING, why_not=native.why_not_cpu_only)
-straight_through_backward_op.add(
-    "triton", kernels.lazy("straight_through_backward"), why_not=kernels.why_not
-)
+straight_through_backward_op.add("triton", kernels.lazy("straight_through_backward"), why_not=kernels.why_not)
 
 
 class _StraightThrough(torch.autograd.Function):

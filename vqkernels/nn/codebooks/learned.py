@@ -72,6 +72,11 @@ class Codebook(nn.Module):
         """Where the codes are."""
         return self.weight.device
 
+    @property
+    def learned(self) -> bool:
+        """Whether codes take a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def codes(self) -> Tensor:
         """The (K, D) codes, differentiable where they are learned."""
         return self.weight
@@ -84,7 +89,14 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def assign(self, codes: Tensor, where: Tensor | None = None) -> None:
-        """Overwrite codes, as `codes` shows them: all, or those of the (K,) mask `where`."""
+        """Overwrite codes, as `codes` shows them: all, or those of the (K,) mask `where`.
+
+        Raises:
+            ValueError: codes are made of something else and cannot be overwritten one by one.
+        """
+        if not self.assignable:
+            fix = "Train it, or put its codes() into a Codebook"
+            refuse(ValueError, "assign", "codebook", "be assignable", type(self).__name__, fix)
         codes = codes.to(self.weight.dtype)
         self.weight.copy_(codes if where is None else torch.where(where[:, None], codes, self.weight))
 

@@ -7,6 +7,7 @@ from vqkernels.nn.estimators.base import Estimator as Estimator
 from vqkernels.nn.estimators.diveq import NSVQ as NSVQ
 from vqkernels.nn.estimators.diveq import DiVeQ as DiVeQ
 from vqkernels.nn.estimators.diveq import DiVeQDetach as DiVeQDetach
+from vqkernels.nn.estimators.rotation import Rotation as Rotation
 from vqkernels.nn.estimators.sf_diveq import SFDiVeQ as SFDiVeQ
 from vqkernels.nn.estimators.sf_diveq import SFDiVeQDetach as SFDiVeQDetach
 from vqkernels.nn.estimators.ste import STE as STE

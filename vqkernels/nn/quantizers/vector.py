@@ -130,8 +130,12 @@ class VectorQuantizer(Quantizer):
 
     def table(self) -> Tensor:
         """The (K, D) codes as the decoder sees them: what indices stand for."""
+        return self._table(self.codes())
+
+    def _table(self, codes: Tensor) -> Tensor:
+        """The table of `codes`, which may be expensive to make: whoever has them passes them."""
         with full_precision(self.codebook.device):
-            return self.outside(self.codes())
+            return self.outside(codes)
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         y = self.inside(x)
@@ -164,7 +168,8 @@ class VectorQuantizer(Quantizer):
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_initialized()
-        z, indices = self.estimator.evaluate(self.inside(x), self.codes(), self.table())
+        codes = self.codes()
+        z, indices = self.estimator.evaluate(self.inside(x), codes, self._table(codes))
         return z.to(x.dtype), indices
 
     def encode_rows(self, x: Tensor) -> Tensor:
