@@ -20,6 +20,7 @@ from vqkernels.nn import (
     LatentMeans,
     Product,
     Residual,
+    Rotation,
     SFDiVeQ,
     SFDiVeQDetach,
     TwoPhase,
@@ -113,6 +114,30 @@ def test_the_joint_form_of_ste():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
     for s, c in zip(quantizer.stages, codes, strict=True):
         torch.testing.assert_close(s.codebook.weight.grad, c.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_joint_form_of_the_synchronized_update_and_of_rotations():
+    """Huh eq. 21: every chosen code gets nu g. DiVeQ eq. 4: one rotation, from x to the sum."""
+    x = torch.randn(40, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    g = torch.randn_like(x)
+    quantizer = Residual(stages(lambda: STE(sync=0.5))).double()
+    z, indices, _ = quantizer(x)
+    z.backward(g)
+    assert torch.equal(x.grad, g)
+    for q, s in enumerate(quantizer.stages):
+        expected = torch.zeros(K, D, dtype=torch.float64, device=DEVICE).index_add_(0, indices[:, q], 0.5 * g)
+        torch.testing.assert_close(s.codebook.weight.grad, expected, rtol=1e-12, atol=1e-12)
+    quantizer = Residual(stages(Rotation)).double()
+    z, indices, _ = quantizer(x)
+    target = quantizer.decode(indices).detach()
+    u, v = F.normalize(x.detach(), dim=1), F.normalize(target, dim=1)
+    s = F.normalize(u + v, dim=1)
+    eye = torch.eye(D, dtype=torch.float64, device=DEVICE)
+    turn = eye - 2 * s[:, :, None] * s[:, None] + 2 * v[:, :, None] * u[:, None]
+    ratio = target.norm(dim=1, keepdim=True) / x.detach().norm(dim=1, keepdim=True)
+    expected = ratio * torch.einsum("nij,ni->nj", turn, g)
+    torch.testing.assert_close(z, target, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(z, x, g)[0], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_composition_of_ste_stages():

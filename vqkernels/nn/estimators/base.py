@@ -23,8 +23,7 @@ class Context(NamedTuple):
         seed: 0-d int64, of all noise of this forward.
         row_offset: number of the first row, over all processes.
         mask: (...) bool, False where a row takes no part; None for all.
-        mean_rows: 0-d, rows that count on each process in the mean (G of them for a latent in G groups); None for those
-            found here.
+        mean_rows: 0-d, rows that count on each process in the mean; None for those found here.
     """
 
     seed: Tensor
@@ -73,9 +72,11 @@ class Estimator(nn.Module):
     # whether training indices are codes, and whether it takes groups
     chooses_codes = True
     grouped = True
-    # whether `cross` takes targets that are no codes, such as sums of codes, and whether it has a loss
+    # whether `cross` takes targets that are no codes, such as sums of codes; whether it has a loss, and whether the
+    # gradient of z reaches the codes
     joint = True
     has_loss = True
+    reaches_codes = True
     # whether an evaluation is the nearest code
     plain = True
 

@@ -193,7 +193,7 @@ def chosen_points(codes: Tensor, choice: Choice) -> Tensor:
 def cross_once(estimator: Estimator, x: Tensor, target: Tensor, context: Context) -> Tensor:
     """z of x (..., D) that crosses to the target (..., D) of its row."""
     rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
-    codes = target.reshape(-1, x.shape[-1])
+    codes = (target if estimator.reaches_codes else target.detach()).reshape(-1, x.shape[-1])
     if x.numel() == 0:
         # no codebook is empty
         codes = F.pad(codes, (0, 0, 0, 1))

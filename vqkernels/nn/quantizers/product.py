@@ -130,7 +130,7 @@ class Product(Combined):
         y = first.inside(x.unflatten(-1, (groups, first.dim)))
         self._start(y, context, parts)
         codes = torch.stack([part.codes() for part in parts])
-        estimate: Estimate = first.estimator(y, codes, _of_groups(context, groups))
+        estimate: Estimate = first.estimator(y, codes, context)
         for g, part in enumerate(parts):
             part.observe(y[..., g, :], estimate.indices[..., g])
         # a mean over the rows of all groups, in place of a mean for each
@@ -142,11 +142,11 @@ class Product(Combined):
         if alike is not None:
             y = x.unflatten(-1, (len(parts), parts[0].dim))
             self._start(y, context, parts)
-            codes, its = torch.stack([part.codes() for part in parts]), _of_groups(context, len(parts))
-            choice = estimator.choose(y.detach(), codes, its)
+            codes = torch.stack([part.codes() for part in parts])
+            choice = estimator.choose(y.detach(), codes, context)
             points, indices = chosen_points(codes, choice).flatten(-2), choice.indices
             if estimator.has_loss:
-                loss = estimator.cross(y, codes, choice, its).loss * len(parts)
+                loss = estimator.cross(y, codes, choice, context).loss * len(parts)
         else:
             chosen = []
             seeds = split_seed(context.seed, len(parts))
@@ -207,11 +207,6 @@ class Product(Combined):
             codebooks.append(torch.nn.functional.pad(part.export(), (before, after)))
             before += part.dim
         return stack_codebooks(codebooks)
-
-
-def _of_groups(context: Context, groups: int) -> Context:
-    """What an estimator is told of latents that have a row in each group."""
-    return context if context.mean_rows is None else context._replace(mean_rows=context.mean_rows * groups)
 
 
 def _two_groups(spec: Spec) -> Product:
