@@ -16,7 +16,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt vqkernels/__init__.py $(shell 
 FORMATTED := vqkernels python_tests bench setup.py
 
 # the interpreter of triton needs a process of its own
-INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py)
+INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
 
 .PHONY: demo test check check-all sanitize bench bench-micro gpu lint format native clean
 

@@ -156,6 +156,47 @@ def move(inputs: Inputs, backend: str, direction: str, curve: bool) -> None:
     within(codes.grad, table.grad, bound + size * eps, "gradient of the codebook")
 
 
+def cross(inputs: Inputs, backend: str, rotation: bool) -> None:
+    """z is the code; the loss and both gradients are those of float64 formulas."""
+    n, k, d = len(inputs.x), *inputs.codes.shape
+    indices = torch.arange(n) % k
+    device, leading = inputs.on_x.device, inputs.on_x.shape[:-1]
+    x, codes = inputs.on_x.detach().requires_grad_(), inputs.on_codes.detach().requires_grad_()
+    chosen = {"rotation": rotation, "commitment": 0.25, "codebook_weight": 1.0, "sync": 0.5}
+    z, loss = vq.straight_through(x, codes, indices.to(device).view(leading), **chosen, backend=backend)
+    keep = inputs.finite
+    upstream = int(keep.sum()) * d / 2.0
+    torch.autograd.backward((z, loss), (inputs.grad.to(device).view(z.shape), loss.new_tensor(upstream)))
+    flat, g = inputs.x[keep].double(), inputs.grad[keep].double()
+    c = inputs.codes.double()[indices[keep]]
+    arithmetic = torch.promote_types(inputs.x.dtype, torch.float32)
+    eps, store = torch.finfo(arithmetic).eps, torch.finfo(inputs.x.dtype).eps
+    same(z.detach().reshape(n, d)[keep.to(device)], c, "z")
+    square = (flat - c).square().sum(1).sum() * 1.25 / (2 * upstream)
+    within(loss.detach(), square, (d + 8) * eps * square, "loss")
+    expected, bound = g, 2 * eps * g.abs()
+    if rotation:
+        lengths = flat.norm(dim=1, keepdim=True), c.norm(dim=1, keepdim=True)
+        u, v = flat / lengths[0], c / lengths[1]
+        s, rho = u + v, lengths[1] / lengths[0]
+        size = s.norm(dim=1, keepdim=True)
+        mirrored = g - 2 * u * (u * g).sum(1, keepdim=True)
+        turned = g - 2 * s * (s * g).sum(1, keepdim=True) / size**2 + 2 * u * (v * g).sum(1, keepdim=True)
+        expected = rho * torch.where(size > 2.0**-18, turned, mirrored)
+        lost = torch.where(size > 2.0**-18, 8 / size, 8)
+        bound = rho * g.norm(dim=1, keepdim=True) * (d + 16) * eps * (1 + lost)
+    expected = expected + 0.25 * (flat - c)
+    bound = bound + 8 * eps * (flat - c).abs()
+    bound = bound + store * (expected.abs() + bound)
+    within(x.grad.reshape(n, d)[keep.to(device)], expected, bound, "gradient of x")
+    own, table = c - flat + 0.5 * g, torch.zeros(k, d, dtype=torch.float64)
+    expected = table.index_add(0, indices[keep], own)
+    terms = table.index_add(0, indices[keep], (c - flat).abs() + 0.5 * g.abs())
+    rows = int(torch.bincount(indices, minlength=k).max())
+    bound = (rows + 8) * eps * terms + store * expected.abs()
+    within(codes.grad, expected, bound, "gradient of the codebook")
+
+
 def words(backend: str, device: torch.device) -> None:
     """Random words to the bit."""
     seed = torch.full((), SEED, device=device)
@@ -181,6 +222,9 @@ def of_op(op: str, inputs: Inputs, backend: str) -> Iterator[Case]:
         yield "noisy", lambda: move(inputs, backend, "noisy", False)
         if len(inputs.codes) > 1:
             yield "curve", lambda: move(inputs, backend, "noisy", True)
+    elif op == "straight_through_backward":
+        yield "identity", lambda: cross(inputs, backend, False)
+        yield "rotation", lambda: cross(inputs, backend, True)
 
 
 def cases(device: torch.device, backends: Sequence[str]) -> Iterator[Case]:
@@ -192,7 +236,13 @@ def cases(device: torch.device, backends: Sequence[str]) -> Iterator[Case]:
         for turn, dtype in enumerate(DTYPES):
             layout = LAYOUTS[(number + turn) % len(LAYOUTS)]
             inputs = Inputs(shape, dtype, layout, device)
-            for op in ("nearest_code", "directional_backward", "code_sums", "nearest_segment"):
+            for op in (
+                "nearest_code",
+                "directional_backward",
+                "straight_through_backward",
+                "code_sums",
+                "nearest_segment",
+            ):
                 for backend in backends:
                     if OPS[op].explain_for(device, (dtype, dtype))[backend] is not None:
                         continue

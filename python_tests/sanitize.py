@@ -37,6 +37,8 @@ TESTS = (
     "nearest_segment",
     "directional",
     "directional_range",
+    "straight_through",
+    "straight_through_rows",
     "code_sums",
     "philox",
 )

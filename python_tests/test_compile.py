@@ -17,6 +17,12 @@ FUNCTIONS = {
     "directional": lambda x, c: vq.directional(
         x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), direction="detach"
     ),
+    "gumbel_code": lambda x, c: vq.ops.gumbel_code(x, c, seed=3).z,
+    "gumbel_code kl": lambda x, c: vq.ops.gumbel_code(x, c, seed=3).kl,
+    "sample_code": lambda x, c: vq.ops.sample_code(x, c, seed=3),
+    "straight_through": lambda x, c: (
+        vq.straight_through(x, c, torch.zeros_like(x[..., 0], dtype=torch.int64), rotation=True, sync=0.5).z
+    ),
     "code_sums": lambda x, c: vq.code_sums(x, torch.zeros_like(x[..., 0], dtype=torch.int64), 3).sums,
 }
 
@@ -27,7 +33,7 @@ def samples(layout):
     x = x if x.dim() == 3 else x[None]
     codes, seed = torch.randn(9, 7, device=DEVICE), torch.tensor(5, device=DEVICE)
     indices = torch.randint(0, 8, x.shape[:-1], device=DEVICE)
-    position = torch.rand(x.shape[:-1], device=DEVICE)
+    position, tau = torch.rand(x.shape[:-1], device=DEVICE), torch.tensor(0.7, device=DEVICE)
     family = [
         (x, codes, indices, at, seed, direction, 0.1, 4) for at in (None, position) for direction in (0, 1)
     ]
@@ -40,8 +46,32 @@ def samples(layout):
         "nearest_segment": [(x, codes)],
         "directional": family,
         "directional_backward": [(torch.randn_like(x), *args) for args in family],
+        "straight_through": [(x, codes, indices)],
+        "straight_through_backward": [
+            (torch.randn_like(x), torch.full((), 0.5, device=DEVICE), x, codes, indices, *options)
+            for options in (
+                (False, 0.25, 1.0, 0.0, True, True),
+                (True, 0.25, 1.0, 0.5, True, False),
+                (True, 0.25, 1.0, 0.5, False, True),
+            )
+        ],
         "code_sums": [(x, indices, 9)],
         "philox": [(seed, 6, 3, 1, 2**33)],
+        "gumbel_code": [(x, codes, seed, tau, 4)],
+        "gumbel_code_backward": [
+            (
+                torch.randn_like(x),
+                torch.randn(x.shape[:-1], device=DEVICE),
+                x,
+                codes,
+                seed,
+                tau,
+                4,
+                indices,
+                position,
+            )
+        ],
+        "sample_code": [(x, codes, seed, tau, 4), (x, codes, seed, 0 * tau, 4)],
     }
 
 
@@ -59,7 +89,7 @@ def test_opcheck(name, layout, backend, need):
 @pytest.mark.parametrize("layout", ["contiguous", "channels"])
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_functions(name, layout, backend, need):
-    need("directional" if "diveq" in name else name)
+    need("directional" if "diveq" in name else name.split()[0])
     torch._dynamo.reset()
     x = strided(torch.randn(60, 7, device=DEVICE), layout).requires_grad_()
     codes = torch.randn(9, 7, device=DEVICE, requires_grad=True)

@@ -13,8 +13,12 @@ import torch.multiprocessing as mp
 from vqkernels.nn import (
     STE,
     EMACodebook,
+    Every,
     ImportanceReplacement,
+    KMeansInit,
     LatentMeans,
+    LeastRecentlyUsed,
+    RepeatedKMeans,
     TwoPhase,
     VectorQuantizer,
     build,
@@ -101,25 +105,41 @@ def test_interrupted_between_forward_and_commit(followed):
     assert second.get_extra_state().tolist() == [0, 0]
 
 
-NAMES = ("ema", "affine_ema", "diveq", "nsvq", "sf_diveq", "sf_diveq_detach")
+def importance():
+    return ImportanceReplacement(TwoPhase(9, 2, stop_before=0), threshold=0.5)
+
+
+# what is built, and its upkeep
+CASES = {
+    "ema": ("ema", lambda: [importance()]),
+    "affine_ema": ("affine_ema", lambda: [importance()]),
+    "diveq": ("diveq", lambda: [importance()]),
+    "nsvq": ("nsvq", lambda: [importance()]),
+    "sf_diveq": ("sf_diveq", lambda: [LatentMeans(2, latents_per_code=8)]),
+    "sf_diveq_detach": ("sf_diveq_detach", lambda: [LatentMeans(2, latents_per_code=8)]),
+    "k-means": ("diveq", lambda: [KMeansInit(iterations=2), importance()]),
+    "repeated": ("ema", lambda: [RepeatedKMeans(Every(2), iterations=2, latents_per_code=8)]),
+    "lru": ("ste", lambda: [LeastRecentlyUsed(2)]),
+}
 
 
 def steps(batches, rank):
     """Codes and outputs of several methods after a few steps, and their statistics on the way."""
     seen = {}
-    for name in NAMES:
+    for case, (name, upkeep) in CASES.items():
         # what a rank draws for itself must not matter
         torch.manual_seed(3)
-        upkeep = LatentMeans(2, latents_per_code=8)
-        if not name.startswith("sf"):
-            upkeep = ImportanceReplacement(TwoPhase(9, 2, stop_before=0), threshold=0.5)
-        quantizer = build(name, dim=D, num_codes=K, upkeep=[upkeep])
+        quantizer = build(name, dim=D, num_codes=K, upkeep=upkeep())
+        if case == "lru":
+            # most codes are far from everything
+            quantizer.codebook.assign(100 * torch.arange(K)[:, None].expand(K, D))
         torch.manual_seed(100 + rank)
-        for x in batches:
-            z = quantizer(x).z
+        for number, x in enumerate(batches):
+            mask = x[:, 0] < 1 if number % 2 else None
+            z = quantizer(x, mask).z
             waiting = {key: value.clone() for key, value in quantizer.state_dict().items()}
             quantizer.commit()
-        seen[name] = (
+        seen[case] = (
             quantizer.export().numpy(),
             z.detach().numpy(),
             {k: v.numpy() for k, v in waiting.items()},
@@ -170,12 +190,14 @@ def test_two_processes_equal_one():
     # the warm-up remembers one and a half of these batches; a far cluster leaves most codes unused
     batches = [torch.randn(44, D) * torch.tensor([1.0, 1, 1, 0.01, 0.01]) for _ in range(4)]
     expected, found = steps(batches, 0), two_processes(batches)
-    for name in NAMES:
+    for name in CASES:
         codes, z, _ = expected[name]
         for rank in range(2):
             torch.testing.assert_close(torch.tensor(found[rank][name][0]), torch.tensor(codes))
         joint = torch.cat([torch.tensor(found[rank][name][1]) for rank in range(2)])
         torch.testing.assert_close(joint, torch.tensor(z))
+        # and something was replaced
+        assert found[0][name][2]["upkeep.0.history"][-1] > 0, name
         # every rank holds the statistics of all, at all times
         for key, value in found[0][name][2].items():
             assert (value == found[1][name][2][key]).all(), (name, key)

@@ -17,6 +17,7 @@ from vqkernels.nn import (
     DiVeQDetach,
     EMACodebook,
     ImportanceReplacement,
+    KMeansInit,
     LatentMeans,
     Product,
     Residual,
@@ -394,6 +395,29 @@ def test_stages_warm_up_together():
     left = left - quantizer.stages[1].export()[brute_force(left, quantizer.stages[1].export())[0]]
     torch.testing.assert_close(quantizer.stages[2].export(), left.view(K, 4, D).mean(1))
     assert (quantizer(x).indices >= 0).all()
+
+
+def test_codes_that_start_from_the_first_batch():
+    """Each stage starts from what the stages before it leave, at the first forward or by `initialize`."""
+    x = torch.randn(300, D, device=DEVICE)
+    for joint in (True, False):
+        quantizer = Residual([stage(DiVeQ(), upkeep=[KMeansInit()]) for _ in range(2)], joint=joint)
+        assert not quantizer.initialized and not quantizer.warming
+        indices = quantizer(x).indices
+        assert (indices >= 0).all() and quantizer.initialized
+        codes = quantizer.export().double()
+        left = x.double()
+        sizes = [left.square().sum(1).mean()]
+        for c in codes:
+            left = left - c[torch.cdist(left, c).argmin(1)]
+            sizes.append(left.square().sum(1).mean())
+        # sixteen random codes would make it longer
+        assert sizes[1] < 0.8 * sizes[0] and sizes[2] < 0.8 * sizes[1]
+    quantizer = Residual([stage(DiVeQ(), upkeep=[KMeansInit()]), Product([stage(DiVeQ(), dim=3)] * 2)])
+    quantizer.initialize(x)
+    assert quantizer.initialized and len(quantizer.report()) == 1
+    z, indices, _ = quantizer.eval()(x)
+    assert (z - x).square().sum() < x.square().sum() and (indices >= 0).all()
 
 
 def test_a_warm_up_refuses_evaluation_and_reaches_all_parameters():

@@ -34,11 +34,25 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import aot
 import sass
 
-from vqkernels.kernels import code_sums, directional, directional_backward, nearest_segment
+from vqkernels.kernels import (
+    code_sums,
+    directional,
+    directional_backward,
+    nearest_segment,
+    straight_through,
+    straight_through_backward,
+)
 
 FORMS = {
     form.name: form
-    for module in (code_sums, directional, directional_backward, nearest_segment)
+    for module in (
+        code_sums,
+        directional,
+        directional_backward,
+        nearest_segment,
+        straight_through,
+        straight_through_backward,
+    )
     for form in module.configurations()
 }
 
@@ -89,7 +103,7 @@ def test_integers_become_floats_at_full_rate():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FORMS if name.startswith(("directional", "code", "segment_sums"))]
+    "name", [name for name in FORMS if name.startswith(("directional", "straight", "code", "segment_sums"))]
 )
 def test_rows_are_moved_in_sixteen_bytes(name):
     """Of every tile, whichever way its rows lie; and nothing is widened to float64 or divided to find a row."""

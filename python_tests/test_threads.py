@@ -74,6 +74,15 @@ def native_ops():
 
         return run
 
+    def cross(rotation, sync):
+        def run(x, codes, indices, _position, grad, _dither):
+            x, codes = x.detach().requires_grad_(), codes.detach().requires_grad_()
+            chosen = {"rotation": rotation, "sync": sync}
+            z, loss = vq.straight_through(x, codes, indices, **chosen, backend="native")
+            return z, loss, *torch.autograd.grad((z, loss), (x, codes), (grad, torch.ones_like(loss)))
+
+        return run
+
     yield "nearest_code", "exact", search(True)
     yield "nearest_code", "fast", search(False)
     yield "nearest_code", "prepared", prepared
@@ -81,6 +90,8 @@ def native_ops():
     for direction in ("noisy", "detach", "random"):
         for segment in (False, True):
             yield "directional_backward", f"{direction} {1 + segment}", move(direction, segment)
+    yield "straight_through_backward", "identity", cross(False, 0.0)
+    yield "straight_through_backward", "rotation", cross(True, 0.5)
     yield (
         "code_sums",
         "",
@@ -104,8 +115,8 @@ def test_no_op_is_left_out():
     assert len(bodies) >= 6
     for op in bodies:
         assert re.search(rf"\b{op}\(", program), f"ThreadSanitizer does not see {op}"
-        # these two are run with the op that they serve
-        if op not in ("prepare_codes", "directional"):
+        # these are run with the op that they serve
+        if op not in ("prepare_codes", "directional", "straight_through"):
             assert any(name.split()[0] == op for name in RUN), op
 
 
@@ -187,6 +198,12 @@ def long_calls():
     yield "nearest_code", lambda: op.nearest_code(x, codes, None, True, [])
     yield "directional", lambda: op.directional(x, codes, *choice)
     yield "directional_backward", lambda: op.directional_backward(x, x, codes, *choice)
+    pull = torch.tensor(0.5)
+    yield "straight_through", lambda: op.straight_through(x, codes, indices)
+    yield (
+        "straight_through_backward",
+        lambda: op.straight_through_backward(x, pull, x, codes, indices, True, 0.25, 1.0, 1.0, True, True),
+    )
     yield "code_sums", lambda: op.code_sums(x, indices, 500)
     yield "philox", lambda: op.philox(seed, 20_000, 16, 0, 0)
     yield "nearest_segment", lambda: op.nearest_segment(x, codes)

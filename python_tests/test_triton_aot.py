@@ -18,7 +18,8 @@ import sass
 
 from vqkernels.kernels import nearest_code
 
-MODULES = ("nearest_code", "nearest_segment", "directional", "directional_backward", "code_sums", "philox")
+MODULES = ("nearest_code", "nearest_segment", "directional", "directional_backward", "straight_through",
+           "straight_through_backward", "code_sums", "philox")  # fmt: skip
 ARCHS = (80, 90, 100)
 FORMS = [
     form for name in MODULES for form in importlib.import_module(f"vqkernels.kernels.{name}").configurations()

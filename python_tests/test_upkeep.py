@@ -7,8 +7,12 @@ from torch.utils.checkpoint import checkpoint
 from vqkernels.nn import (
     STE,
     EMACodebook,
+    Every,
     ImportanceReplacement,
+    KMeansInit,
     LatentMeans,
+    LeastRecentlyUsed,
+    RepeatedKMeans,
     TwoPhase,
     VectorQuantizer,
     build,
@@ -113,11 +117,39 @@ def test_following_twice_commits_once():
         (TwoPhase(4000), [*range(100, 2001, 100), 2500, 3000]),
         (TwoPhase(12, first=2, until=6, then=3, stop_before=2), [2, 4, 6, 9]),
         (TwoPhase.scaled(1200), [100, 200, 300, 400, 500, 600, 900]),
+        (Every(1500), [1500, 3000]),
+        (Every(1000, start=700), [1700, 2700, 3700]),
+        (Every(1000, start=700, stop=2700), [1700, 2700]),
+        (Every(1, stop=2), [1, 2]),
     ],
-    ids=["paper", "small", "scaled"],
+    ids=["paper", "small", "scaled", "every", "late", "some", "first"],
 )
-def test_two_phases(schedule, due):
-    assert [step for step in range(1, schedule.total_steps + 1) if schedule.due(step)] == due
+def test_schedules(schedule, due):
+    steps = getattr(schedule, "total_steps", 4000)
+    assert [step for step in range(1, steps + 1) if schedule.due(step)] == due
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Every(0), ValueError, "Every: period must be at least 1; got 0"),
+        (lambda: Every(2.0), TypeError, "Every: period must be an int; got float"),
+        (lambda: Every(5, start=-1), ValueError, "Every: start must be at least 0; got -1"),
+        (lambda: Every(5, start=10, stop=14), ValueError, "Every: stop must be at least 15; got 14"),
+        (lambda: ImportanceReplacement(100), TypeError, r"schedule must have a method due\(step\); got 100"),
+        (
+            lambda: RepeatedKMeans(Every),
+            TypeError,
+            r"RepeatedKMeans: schedule must .*; got Every\. Pass Every\(100\)",
+        ),
+        (lambda: RepeatedKMeans(Every(1), iterations=-1), ValueError, "iterations must be at least 0"),
+        (lambda: KMeansInit(iterations=1.5), TypeError, "KMeansInit: iterations must be an int"),
+        (lambda: LeastRecentlyUsed(0), ValueError, "LeastRecentlyUsed: timeout must be at least 1; got 0"),
+    ],
+)
+def test_upkeep_that_is_none(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
 
 
 def replacing(**options):
@@ -249,7 +281,7 @@ def test_latent_means(rows):
     expected = latents[: block * K].view(K, block, D).mean(1)
     assert quantizer.initialized
     torch.testing.assert_close(quantizer.export(), expected)
-    assert quantizer.upkeep[0].recent.numel() == 0
+    assert quantizer.upkeep[0].recent.rows.numel() == 0
     assert quantizer(x).indices.min() >= 0
 
 

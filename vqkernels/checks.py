@@ -156,6 +156,28 @@ def check_noise_std(op: str, noise_std: object) -> float:
     return float(noise_std)
 
 
+def check_temperature(op: str, temperature: object, device: torch.device, *, zero: bool = False) -> Tensor:
+    """A 0-d temperature on `device`: a number > 0, or >= 0 where `zero` is one; of a tensor only the form is looked at."""
+    if isinstance(temperature, Tensor):
+        check_floating(op, "temperature", temperature)
+        if temperature.dim() != 0:
+            shape = f"shape {tuple(temperature.shape)}"
+            refuse(ValueError, op, "temperature", "be a number or 0-d", shape, "Pass one for the whole batch")
+        if temperature.device != device:
+            fix = "Call temperature.to(x.device)"
+            refuse(ValueError, op, "temperature", f"be on {device} as x is", temperature.device, fix)
+        return temperature.detach()
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        fix = "Pass a Python float or a 0-d tensor"
+        refuse(TypeError, op, "temperature", "be a number", type(temperature).__name__, fix)
+    # a comparison traces where math.isfinite does not; nan fails it too
+    if not 0 <= temperature <= 3e38 or (temperature == 0 and not zero):
+        requirement = "be finite and not negative" if zero else "be finite and above 0"
+        refuse(ValueError, op, "temperature", requirement, temperature, "Pass one in units of x squared")
+    # a fill, as for a seed
+    return torch.full((), float(temperature), dtype=torch.float64, device=device)
+
+
 def check_seed(op: str, seed: Tensor | int | None, device: torch.device) -> Tensor:
     """A 0-d int64 seed on `device`; None draws one from the device's default generator, without a host sync."""
     if seed is None:

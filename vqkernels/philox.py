@@ -9,6 +9,7 @@ and a backward pass draws it again instead of storing it.
     U(w)    = (w >> 8) 2^-24           in [0, 1)
     U'(w)   = ((w >> 8) + 1) 2^-24     in (0, 1]
     normals = sqrt(-2 ln U'(w0)) (cos, sin)(2 pi U(w1)), the same from (w2, w3)
+    gumbels = -ln max(-ln U'(w), 2^-25)
 """
 
 from __future__ import annotations
@@ -67,3 +68,13 @@ def normals(words: Tensor) -> Tensor:
     radius = torch.sqrt(-2 * torch.log(u[..., 0::2] + 2.0**-24))
     angle = 2 * math.pi * u[..., 1::2]
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2).float()
+
+
+def gumbels(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gumbel(0, 1) of each word, -ln max(-ln U'(w), 2^-25), of the same shape in float32 or float64.
+
+    U' is never 0. Where it is 1, the exponential variable -ln U' is taken as 2^-25, half of its next smaller step, so
+    that every value is finite: between -ln(24 ln 2) = -2.8 and 25 ln 2 = 17.3.
+    """
+    uniform = (words >> 8).to(dtype).add_(1).mul_(2.0**-24)
+    return uniform.log_().neg_().clamp_min_(2.0**-25).log_().neg_()

@@ -42,6 +42,23 @@ def test_directional_backward(benchmark, inputs, arguments, need):
     benchmark(lambda: OPS["directional_backward"](grad, *given, backend="native"))
 
 
+def test_straight_through(benchmark, inputs, need):
+    need("straight_through")
+    every_op.cross(inputs, "native", False)
+    index = (torch.arange(len(inputs.x)) % len(inputs.codes)).view(inputs.on_x.shape[:-1])
+    benchmark(lambda: OPS["straight_through"](inputs.on_x, inputs.on_codes, index, backend="native"))
+
+
+@pytest.mark.parametrize("rotation", [False, True], ids=["identity", "rotation"])
+def test_straight_through_backward(benchmark, inputs, rotation, need):
+    need("straight_through_backward")
+    every_op.cross(inputs, "native", rotation)
+    index = (torch.arange(len(inputs.x)) % len(inputs.codes)).view(inputs.on_x.shape[:-1])
+    grad, pull = inputs.grad.view(inputs.on_x.shape), torch.tensor(0.5, dtype=torch.float64)
+    given = (grad, pull, inputs.on_x, inputs.on_codes, index, rotation, 0.25, 1.0, 0.0, True, True)
+    benchmark(lambda: OPS["straight_through_backward"](*given, backend="native"))
+
+
 def test_code_sums(benchmark, inputs, need):
     need("code_sums")
     every_op.sums(inputs, "native")

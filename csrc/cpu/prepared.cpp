@@ -106,7 +106,7 @@ std::vector<Prepared> Prepared::of_groups(const NearestCodeKernels& body, const 
   for (int64_t g = 0; g < groups; ++g)
     for (int part = 0; part < kParts; ++part)
       made[static_cast<size_t>(g)].base[part] = static_cast<char*>(parts[part].mutable_data_ptr()) +
-                                              g * layout.step(part, groups) * bytes_of(layout.types[part]);
+                                                g * layout.step(part, groups) * bytes_of(layout.types[part]);
   made.front().parts = std::move(parts);
   const auto make = [&](int64_t g, void*) {
     made[static_cast<size_t>(g)].make(body, group_of(codes, codebook, g),

@@ -91,6 +91,12 @@ Tensor scalar(int64_t value) {
   return t;
 }
 
+Tensor number(float value) {
+  Tensor t(std::vector<int64_t>{}, ScalarType::Float);
+  *t.mutable_data_ptr<float>() = value;
+  return t;
+}
+
 // every op on one set of inputs
 Results run(const Case& c) {
   using namespace vqk::cpu;
@@ -151,6 +157,17 @@ Results run(const Case& c) {
       keep(directional(x, codes, indices, at, scalar(9), direction, 0.03, 5));
       const auto [grad_x, grad_codes] =
           directional_backward(grad, x, codes, indices, at, scalar(9), direction, 0.03, 5);
+      keep(grad_x, grad_codes);
+    }
+  {
+    const auto [z, sq_dist, totals] = straight_through(x, codes, indices);
+    keep(z, sq_dist, totals);
+  }
+  for (const bool rotation : {false, true})
+    for (const bool need_x : {false, true}) {
+      const double sync = rotation ? 0.5 : 0;
+      const auto [grad_x, grad_codes] = straight_through_backward(grad, number(0.5), x, codes, indices,
+                                                                  rotation, 0.25, 1, sync, need_x, true);
       keep(grad_x, grad_codes);
     }
   if (c.codes > 1)

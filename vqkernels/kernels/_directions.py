@@ -64,14 +64,14 @@ def _beyond(total):
 
 
 @triton.jit
-def _power(tile):
+def power_of(tile):
     """Of each row the power of two that brings its largest magnitude into [1, 4), as far as possible."""
     exponent = tl.max(tl.abs(tile), axis=1).to(tl.int32, bitcast=True) >> 23
     return (tl.minimum(tl.maximum(254 - exponent, 1), 253) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _inverse(power):
+def inverse_of(power):
     """1 / power, exactly."""
     return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
@@ -98,9 +98,9 @@ def step(value, e, w, weight, live, alive):
     if tl.max(tl.where(live, beyond, 0), axis=0) > _RANGE:
         # only these rows change: what a row becomes must not depend on its neighbours
         lost = beyond > _RANGE
-        power = _power(e)
-        distance = _scaled_length(e, power) * _inverse(power)
-        w_power = tl.where(lost, _power(w), 1.0)
+        power = power_of(e)
+        distance = _scaled_length(e, power) * inverse_of(power)
+        w_power = tl.where(lost, power_of(w), 1.0)
         length = _scaled_length(w, w_power)
         # a distance that is nan stays nan, a vector of length 0 moves nothing
         other = weight * distance * tl.where(length > 0, 1.0 / length, 0.0)
@@ -131,13 +131,13 @@ def pull(value, g, e, w, weight, live, alive):
     if tl.max(tl.where(live, beyond, 0), axis=0) > _RANGE:
         lost = beyond > _RANGE
         bad = any_not_finite(value)
-        first = tl.where(lost, _power(e), 1.0)
+        first = tl.where(lost, power_of(e), 1.0)
         distance = _scaled_length(e, first)
-        unit = w * _power(w)[:, None]
+        unit = w * power_of(w)[:, None]
         length = tl.sqrt(tl.sum(unit * unit, axis=1))
-        g_power = _power(g)
+        g_power = power_of(g)
         g_w = tl.sum((g * g_power[:, None]) * unit, axis=1)
-        strength = weight * (g_w / length) * _inverse(g_power)
+        strength = weight * (g_w / length) * inverse_of(g_power)
         other = tl.where((distance > 0) & (length > 0), strength / distance, 0.0)
         other = tl.where(alive, tl.where(bad == 1, float("nan"), other), 0.0)
         second = tl.where(lost, other, second)

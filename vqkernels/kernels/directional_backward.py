@@ -97,7 +97,7 @@ def _directional_backward(
     left -= h
     if ATOMIC:
         good = live & alive & (bad == 0)
-        _add_to_codes(sums + index * features, h, good, column, features)
+        add_to_codes(sums + index * features, h, good, column, features)
     if POINTS == 2:
         e = load_rows(start + stride_code, live, column, features, stride_feature, EVEN) - value
         w = direction(e, key, number, features, noise_std, SECOND, DIRECTION, EVEN, BLOCK_N, BLOCK_D)
@@ -105,7 +105,7 @@ def _directional_backward(
         h = pulled(e, first_2, second_2)
         left -= h
         if ATOMIC:
-            _add_to_codes(sums + (index + 1) * features, h, good, column, features)
+            add_to_codes(sums + (index + 1) * features, h, good, column, features)
     out = grad_x + (plane * out_outer + begin * out_inner) + at * out_inner
     store_rows(out, left, live, column, features, out_feature, EVEN)
     if not ATOMIC:
@@ -120,7 +120,8 @@ def _directional_backward(
 
 
 @triton.jit
-def _add_to_codes(start, h, good, feature, features):
+def add_to_codes(start, h, good, feature, features):
+    """Add rows h to those that begin at `start`, where they are good."""
     mask = good[:, None] & (feature < features)[None, :]
     tl.atomic_add(start[:, None] + feature[None, :], h, mask=mask, sem="relaxed")
 

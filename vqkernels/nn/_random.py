@@ -64,3 +64,26 @@ def all_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def draw_seed_aside(device: torch.device) -> Tensor:
+    """A seed like that of `draw_seed`, after which the generator is as it was: for what a forward does only once."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return draw_seed(device)
+
+
+def of_first_rank(tensor: Tensor) -> Tensor:
+    """The tensor of rank 0 on every rank, where sums in another order may have made them differ; in place."""
+    if distributed():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def rows_before(rows: Tensor) -> tuple[Tensor | int, Tensor]:
+    """From a 0-d count on each rank: the sum of those on lower ranks, and the sum of all."""
+    if not distributed():
+        return 0, rows
+    each = rows.new_zeros(dist.get_world_size())
+    each[dist.get_rank()] = rows
+    upto = all_sum(each).cumsum(0)
+    return upto[dist.get_rank()] - rows, upto[-1]

@@ -8,6 +8,10 @@ from vqkernels.ops.directional import directional_backward_op as _directional_ba
 from vqkernels.ops.directional import directional_op as _directional
 from vqkernels.ops.diveq import diveq as diveq
 from vqkernels.ops.diveq import sf_diveq as sf_diveq
+from vqkernels.ops.gumbel_code import GumbelCode as GumbelCode
+from vqkernels.ops.gumbel_code import gumbel_code as gumbel_code
+from vqkernels.ops.gumbel_code import gumbel_code_backward_op as _gumbel_code_backward
+from vqkernels.ops.gumbel_code import gumbel_code_op as _gumbel_code
 from vqkernels.ops.nearest_code import NearestCode as NearestCode
 from vqkernels.ops.nearest_code import PreparedCodebook as PreparedCodebook
 from vqkernels.ops.nearest_code import nearest_code as nearest_code
@@ -17,6 +21,8 @@ from vqkernels.ops.nearest_segment import NearestSegment as NearestSegment
 from vqkernels.ops.nearest_segment import nearest_segment as nearest_segment
 from vqkernels.ops.nearest_segment import nearest_segment_op as _nearest_segment
 from vqkernels.ops.philox import philox_op as _philox
+from vqkernels.ops.sample_code import sample_code as sample_code
+from vqkernels.ops.sample_code import sample_code_op as _sample_code
 from vqkernels.ops.straight_through import StraightThrough as StraightThrough
 from vqkernels.ops.straight_through import straight_through as straight_through
 from vqkernels.ops.straight_through import straight_through_backward_op as _straight_through_backward
@@ -33,6 +39,9 @@ OPS = {
         _straight_through,
         _straight_through_backward,
         _code_sums,
+        _gumbel_code,
+        _gumbel_code_backward,
+        _sample_code,
         _philox,
     )
 }

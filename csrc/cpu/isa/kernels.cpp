@@ -14,8 +14,8 @@ extern const PeakKernels peaks;
 
 #define VQK_NAME_OF(isa) #isa
 #define VQK_NAME(isa) VQK_NAME_OF(isa)
-const Kernels kernels = {VQK_NAME(VQK_ISA), &nearest_code, &nearest_segment, &directional, &straight_through,
-                         &code_sums,        &philox,       &peaks};
+const Kernels kernels = {VQK_NAME(VQK_ISA), &nearest_code, &nearest_segment, &directional,
+                         &straight_through, &code_sums,    &philox,          &peaks};
 
 }  // namespace VQK_ISA
 }  // namespace vqk

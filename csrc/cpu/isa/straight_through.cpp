@@ -237,7 +237,7 @@ void backward_of(const StraightThrough& a, int64_t begin, int64_t end, void* scr
       choose(a, first + from, n, b.c[0], chosen);
       for (int64_t r = 0; r < n; ++r) {
         const A *const xr = x.at + (from + r) * x.stride, *const gr = g.at + (from + r) * g.stride,
-                *const c = chosen.point[r];
+                       *const c = chosen.point[r];
         A* const out = z.at + (from + r) * z.stride;
         int64_t code = chosen.code[r];
         if (code < 0) {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from vqkernels.checks import check_floating, check_mask, refuse
 from vqkernels.nn._random import all_sum, check_equal_ranks, distributed, draw_seed, first_row
 from vqkernels.nn.estimators.base import Context, finite_rows, no_loss
+from vqkernels.nn.upkeep.base import Upkeep, UpkeepReport
 
 
 class Quantized(NamedTuple):
@@ -70,6 +73,7 @@ class Quantizer(nn.Module):
         self.dim, self.channel_dim = dim, channel_dim
         self._step = 0
         self._uncommitted = self._followed = False
+        self._observing = True
         self._hook: RemovableHandle | None = None
         self._optimizer: weakref.ref | None = None
 
@@ -90,17 +94,48 @@ class Quantizer(nn.Module):
 
     @property
     def initialized(self) -> bool:
-        """False while a warm-up runs."""
+        """False while a warm-up runs, or while codes wait for their first batch."""
         return True
+
+    @property
+    def warming(self) -> bool:
+        """Whether training forwards pass x through for now."""
+        return False
 
     @property
     def idle(self) -> bool:
         """Whether no schedule of the host will change anything any more."""
         return True
 
+    @property
+    def observing(self) -> bool:
+        """Whether a training forward takes note of its batch: not in `unobserved`, nor inside a backward pass."""
+        return self._observing and not recomputing()
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether a training forward waits for its commit."""
+        return self._uncommitted
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Training forwards inside take no note of their batch and wait for no commit: probes of a loss, or steps of
+        the codes alone."""
+        parts = [(part, part._observing) for part in self.modules() if isinstance(part, Quantizer)]
+        try:
+            for part, _ in parts:
+                part._observing = False
+            yield
+        finally:
+            for part, before in parts:
+                part._observing = before
+
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         """Quantize x (..., D) in training; indices (..., Q)."""
         raise NotImplementedError
+
+    def start_rows(self, x: Tensor, context: Context) -> None:
+        """Give codes that wait for a batch their first values from x (..., D)."""
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize x (..., D) without noise: z in x's dtype and indices (..., Q)."""
@@ -149,6 +184,20 @@ class Quantizer(nn.Module):
                 z, indices = torch.where(mask[..., None], z, 0), torch.where(mask[..., None], indices, -1)
         return Quantized(z.movedim(-1, self.channel_dim), indices, loss)
 
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Start the codes from x, as the first training forward does by itself where upkeep such as `KMeansInit` asks.
+
+        It does nothing where no code waits for a batch. Call it before `torch.compile` or the capture of a CUDA graph,
+        on every rank.
+
+        Args:
+            x, mask: as of a forward.
+        """
+        rows = self._rows(x, mask).detach()
+        seed = torch.zeros((), dtype=torch.int64, device=rows.device)
+        with torch.no_grad():
+            self.start_rows(rows, Context(seed, mask=mask))
+
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Indices of an evaluation, int64 (..., Q), in any mode: no noise, no statistics, no gradient.
 
@@ -175,7 +224,7 @@ class Quantizer(nn.Module):
     def _train(self, x: Tensor, mask: Tensor | None) -> Quantized:
         self._begin()
         rows = x.shape[:-1].numel()
-        if self.noisy and self.initialized:
+        if self.noisy:
             check_equal_ranks(rows, x.device)
             seed = draw_seed(x.device)
         else:
@@ -184,7 +233,7 @@ class Quantizer(nn.Module):
 
     def _begin(self) -> None:
         """Catch up with the commit that nobody called since the last training forward."""
-        if recomputing():
+        if not self.observing:
             return
         if _capturing(self._device()):
             self._check_capture()
@@ -210,7 +259,8 @@ class Quantizer(nn.Module):
         op = type(self).__name__
         if not self.initialized:
             requirement = "be initialized to be captured in a CUDA graph"
-            refuse(RuntimeError, op, "codebook", requirement, "a warm-up under way", "Capture after it")
+            fix = "Capture after the warm-up, or after quantizer.initialize(x) where there is none"
+            refuse(RuntimeError, op, "codebook", requirement, "one that has not started", fix)
         if (self._followed or self._uncommitted) and not self.idle:
             requirement = (
                 "be committed by hand where a CUDA graph is captured, for replays advance no schedule"
@@ -225,11 +275,17 @@ class Quantizer(nn.Module):
         """Change codes by what training forwards have seen since the last commit; once per optimizer step.
 
         Args:
-            optimizer: its moments of replaced codes are reset.
+            optimizer: its moments of replaced codes are reset. Adam's count of steps is one for all codes and is not:
+                the first steps of a replaced code are up to (1 - beta1) / sqrt(1 - beta2) learning rates long.
         """
         self._step += 1
         self._uncommitted = False
         self.commit_parts(optimizer)
+
+    def report(self) -> list[UpkeepReport]:
+        """What each upkeep has replaced so far, those of stages or groups included; waits for no device."""
+        parts = ((name, part) for name, part in self.named_modules() if isinstance(part, Upkeep))
+        return [part.report(name) for name, part in parts]
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Commit after every step of `optimizer`, and reset its moments of replaced codes.

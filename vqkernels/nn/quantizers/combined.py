@@ -109,8 +109,13 @@ class Combined(Quantizer):
 
     @property
     def initialized(self) -> bool:
-        """False while a warm-up runs."""
+        """False while a warm-up runs, or while codes wait for their first batch."""
         return all(child.initialized for child in self.distinct())
+
+    @property
+    def warming(self) -> bool:
+        """Whether training forwards pass x through for now: while any child's do."""
+        return any(child.warming for child in self.distinct())
 
     @property
     def idle(self) -> bool:

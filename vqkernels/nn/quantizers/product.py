@@ -80,11 +80,11 @@ class Product(Combined):
         return not any(cast(VectorQuantizer, part).estimator.has_loss for part in self.distinct())
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
-        if not self.initialized:
+        if self.warming:
             for group, part in zip(
                 self._groups(mark(x.detach(), finite_rows(x))), self.ordered(), strict=True
             ):
-                if not part.initialized:
+                if part.warming:
                     part.train_rows(group, context)
             return self._passed(x)
         # a row is one: where a group is not finite, no group of it counts
@@ -152,7 +152,7 @@ class Product(Combined):
             seeds = split_seed(context.seed, len(parts))
             for part, group, seed in zip(parts, self._groups(x), seeds, strict=True):
                 its = context._replace(seed=seed)
-                part.start(group.detach(), its)
+                part.start_codes(group, its)
                 codes = part.codes()
                 choice = part.estimator.choose(group.detach(), codes, its)
                 if estimator.has_loss:
@@ -165,7 +165,11 @@ class Product(Combined):
 
     def _start(self, y: Tensor, context: Context, parts: list[VectorQuantizer]) -> None:
         for g, part in enumerate(parts):
-            part.start(y[..., g, :].detach(), context)
+            part.start_codes(y[..., g, :], context)
+
+    def start_rows(self, x: Tensor, context: Context) -> None:
+        for part, group in zip(self.ordered(), self._groups(mark(x, finite_rows(x))), strict=True):
+            part.start_rows(group, context)
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         alike = self._alike()

@@ -26,7 +26,7 @@ from vqkernels.nn.quantizers.combined import (
     wide,
 )
 from vqkernels.nn.quantizers.vector import VectorQuantizer
-from vqkernels.nn.upkeep.latent_means import LatentMeans
+from vqkernels.nn.upkeep.recent import RecentLatents
 from vqkernels.ops.philox import philox_op
 
 
@@ -86,7 +86,7 @@ class Residual(Combined):
         self.noisy = self.noisy or min_stages is not None
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
-        if not self.initialized:
+        if self.warming:
             return self._warm_up(x, context)
         return self._joint(x, context) if self.joint else self._straight(x, context)
 
@@ -106,7 +106,7 @@ class Residual(Combined):
         left, total = x, None
         indices, loss = [], no_loss(x)
         for stage, its in zip(stages, self._contexts(x, context), strict=True):
-            stage.start(left.detach(), its)
+            stage.start_codes(left, its)
             codes, estimator = stage.codes(), stage.estimator
             choice = estimator.choose(left.detach(), codes, its)
             if estimator.has_loss:
@@ -149,11 +149,18 @@ class Residual(Combined):
     def _warm_up(self, x: Tensor, context: Context) -> Quantized:
         left = x.detach().to(wide(x.dtype))
         for stage in self.distinct():
-            if stage.initialized:
-                left = left - evaluate_child(stage, left)[0].detach()
-            else:
+            if stage.warming:
                 stage.train_rows(left, context)
+            elif stage.initialized:
+                left = left - evaluate_child(stage, left)[0].detach()
         return self._passed(x)
+
+    def start_rows(self, x: Tensor, context: Context) -> None:
+        left = x
+        for stage in self.distinct():
+            stage.start_rows(left, context)
+            if stage.initialized:
+                left = left - evaluate_child(stage, left)[0]
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         left, points, indices = x, [], []
@@ -180,9 +187,9 @@ class Residual(Combined):
     def commit_parts(self, optimizer: torch.optim.Optimizer | None) -> None:
         distinct = self.distinct()
         for q, stage in enumerate(distinct):
-            waited = not stage.initialized
+            waited = stage.warming
             stage.commit(optimizer)
-            if waited and stage.initialized:
+            if waited and not stage.warming:
                 for later in distinct[q + 1 :]:
                     _remember_less(later, stage)
 
@@ -192,8 +199,10 @@ def _remember_less(stage: Quantizer, before: Quantizer) -> None:
     """What the warm-up of `stage` remembers becomes what `before`, whose codes have just started, leaves of it."""
     if isinstance(stage, VectorQuantizer) and stage.project_in is None and stage.metric == "euclidean":
         for part in stage.upkeep:
-            if isinstance(part, LatentMeans) and not part.ready:
-                part.recent.sub_(evaluate_child(before, part.recent)[0])
+            recent = getattr(part, "recent", None)
+            if isinstance(recent, RecentLatents) and len(recent.rows) > 1:
+                rows = recent.rows[:-1]
+                rows.sub_(evaluate_child(before, rows)[0])
 
 
 def _sum(points: list[Tensor]) -> Tensor:

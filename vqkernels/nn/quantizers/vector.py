@@ -13,7 +13,7 @@ from vqkernels.checks import check_choice, check_count, refuse
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
-from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison, recomputing
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
 from vqkernels.nn.upkeep.base import Upkeep
 
 
@@ -93,8 +93,13 @@ class VectorQuantizer(Quantizer):
 
     @property
     def initialized(self) -> bool:
-        """False while a warm-up runs."""
-        return all(part.ready for part in self._parts())
+        """False while a warm-up runs, or while codes wait for their first batch."""
+        return all(part.ready and part.started for part in self._parts())
+
+    @property
+    def warming(self) -> bool:
+        """Whether training forwards pass x through for now."""
+        return not all(part.ready for part in self._parts())
 
     @property
     def idle(self) -> bool:
@@ -139,9 +144,9 @@ class VectorQuantizer(Quantizer):
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         y = self.inside(x)
-        if not self.initialized:
+        if self.warming:
             return self._warm_up(x, y, context)
-        self.start(y.detach(), context)
+        self.start_codes(y, context)
         estimate = self.estimator(y, self.codes(), context)
         self.observe(y, estimate.indices)
         z = estimate.z.to(x.dtype)
@@ -151,11 +156,26 @@ class VectorQuantizer(Quantizer):
             z = z if context.mask is None else torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
 
-    def start(self, x: Tensor, context: Context) -> None:
-        """Give codes that wait for it their first values, from the first training batch x (..., D')."""
+    def start_rows(self, x: Tensor, context: Context) -> None:
+        self.start_codes(self.inside(x), context)
+
+    def start_codes(self, y: Tensor, context: Context) -> None:
+        """Give the codes their first values from y (..., D'), where they wait for them."""
         for part in self._parts():
-            if not part.started:
-                part.start(self.codebook, x, context)
+            if part.started:
+                continue
+            if torch.compiler.is_compiling():
+                fix = "Call quantizer.initialize(x), or run one training forward, before torch.compile"
+                requirement = "be initialized to be compiled"
+                refuse(RuntimeError, "VectorQuantizer", "codebook", requirement, part.waiting, fix)
+            started = part.start(self.codebook, y.detach(), context)
+            if started is not None:
+                self._replaced(part, started, None if self._optimizer is None else self._optimizer())
+
+    def _replaced(self, part: Upkeep, rows: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        part.record(rows, self._step)
+        if optimizer is not None:
+            _reset_moments(optimizer, self.codebook, rows)
 
     def _warm_up(self, x: Tensor, y: Tensor, context: Context) -> Quantized:
         # a masked row is passed over like one that is not finite
@@ -177,14 +197,14 @@ class VectorQuantizer(Quantizer):
         return self.estimator.encode(self.inside(x), self.codes())
 
     def _check_initialized(self) -> None:
-        if not self.initialized:
-            fix = "Train through the warm-up first, or load a state_dict"
-            requirement = "be initialized to evaluate"
-            refuse(RuntimeError, "VectorQuantizer", "codebook", requirement, "a warm-up under way", fix)
+        for part in self._parts():
+            if not (part.ready and part.started):
+                requirement = "be initialized to evaluate"
+                refuse(RuntimeError, "VectorQuantizer", "codebook", requirement, part.waiting, part.remedy)
 
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         """Let codebook and upkeep take note of x (..., D') and its training indices (...); None in a warm-up."""
-        if recomputing():
+        if not self.observing:
             return
         x = x.detach()
         if indices is not None:
@@ -201,8 +221,8 @@ class VectorQuantizer(Quantizer):
             # what keeps codes alive waits until they have started
             if started or not part.ready:
                 replaced = part.commit(self.codebook, self._step)
-                if replaced is not None and optimizer is not None:
-                    _reset_moments(optimizer, self.codebook, replaced)
+                if replaced is not None:
+                    self._replaced(part, replaced, optimizer)
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, self.codes_per_latent)

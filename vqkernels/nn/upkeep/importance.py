@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from vqkernels import philox
-from vqkernels.checks import check_number, refuse
+from vqkernels.checks import check_number
 from vqkernels.nn._random import all_sum, draw_seed
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.metrics import code_counts
 from vqkernels.nn.upkeep.base import Upkeep
-from vqkernels.nn.upkeep.schedules import Schedule
+from vqkernels.nn.upkeep.recent import usable
+from vqkernels.nn.upkeep.schedules import Schedule, check_schedule
 
 
 class ImportanceReplacement(Upkeep):
@@ -21,7 +22,7 @@ class ImportanceReplacement(Upkeep):
     noise * rms(that code) * N(0, I). Counts are of rows, over the whole period and all ranks.
 
     Args:
-        schedule: when; such as `TwoPhase(total_steps)`.
+        schedule: when; such as `TwoPhase(total_steps)` or `Every(100)`.
         threshold: share of the mean use below which a code is replaced, in [0, 1].
         noise: size of the perturbation, relative to the root mean square of the copied code.
     """
@@ -31,23 +32,19 @@ class ImportanceReplacement(Upkeep):
     def __init__(self, schedule: Schedule, *, threshold: float = 0.01, noise: float = 1e-3):
         super().__init__()
         name = "ImportanceReplacement"
-        self.schedule = schedule
+        self.schedule = check_schedule(name, schedule)
         self.threshold = check_number(name, "threshold", threshold, up_to=1)
         self.noise = check_number(name, "noise", noise)
 
     def bind(self, num_codes: int, dim: int, num_indices: int) -> None:
-        if num_indices != num_codes:
-            requirement = "have one training index per code, so that use can be counted"
-            fix = "Leave the replacement out: the space-filling estimators keep their codes in use by themselves"
-            got = f"{num_indices} indices for {num_codes} codes"
-            refuse(ValueError, "ImportanceReplacement", "estimator", requirement, got, fix)
+        self.check_counted(num_codes, num_indices)
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64))
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor | None) -> None:
         if indices is not None:
             # a row that is not finite has index 0 but used nothing
-            used = torch.where(x.isfinite().all(-1), indices, -1)
+            used = torch.where(usable(x), indices, -1)
             self.counts += all_sum(code_counts(used, len(self.counts)))
 
     @torch.no_grad()

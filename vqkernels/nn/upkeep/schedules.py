@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from vqkernels.checks import check_count
+from vqkernels.checks import check_count, refuse
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """When something happens."""
 
     def due(self, step: int) -> bool:
         """Whether it happens after optimizer step number `step` (from 1)."""
         ...
+
+
+def check_schedule(op: str, schedule: object) -> Schedule:
+    """A schedule, by what it can do."""
+    if isinstance(schedule, type) or not isinstance(schedule, Schedule):
+        got = schedule.__name__ if isinstance(schedule, type) else repr(schedule)
+        refuse(
+            TypeError, op, "schedule", "have a method due(step)", got, "Pass Every(100) or TwoPhase(steps)"
+        )
+    return schedule
+
+
+@dataclass(frozen=True)
+class Every:
+    """Once every `period` steps, from the end of the first period to `stop`.
+
+    Attributes:
+        period: in optimizer steps.
+        start: step from which periods are counted; nothing happens up to it.
+        stop: last step at which it may happen; None for no end.
+    """
+
+    period: int
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("Every", "period", self.period, minimum=1)
+        check_count("Every", "start", self.start)
+        if self.stop is not None:
+            check_count("Every", "stop", self.stop, minimum=self.start + self.period)
+
+    def due(self, step: int) -> bool:
+        """Whether it happens after this step."""
+        since = step - self.start
+        return since > 0 and since % self.period == 0 and (self.stop is None or step <= self.stop)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""All procedures: on the package's own model, in half precision, and on several processes as on one."""
+
+import os
+import socket
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from tiny_autoencoder import autoencoder, batch, exact_indirect, optimizers, rounding, snapshot
+
+from vqkernels.models import VQVAE
+from vqkernels.nn import STE, Codebook, DiVeQDetach, VectorQuantizer
+from vqkernels.testing import DEVICE
+from vqkernels.train.alternated import Alternated
+from vqkernels.train.bilevel import MetaQuantization
+from vqkernels.train.procedure import Joint, Step, split_parameters
+
+PROCEDURES = {
+    "joint": Joint,
+    "alternated": lambda *args, **pair: Alternated(*args, **pair, inner=3),
+    "closed": lambda *args, **pair: MetaQuantization(*args, **pair, xi=0.3, hypergradient="closed"),
+    "general": lambda *args, **pair: MetaQuantization(*args, **pair, xi=0.3, hypergradient="general"),
+    "xi = 0": lambda *args, **pair: MetaQuantization(*args, **pair, xi=0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for each other over a few rows cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def vqvae(estimator=None, dtype=torch.float32):
+    torch.manual_seed(0)
+    codebook = Codebook(16, 4, init="normal", dtype=dtype)
+    quantizer = VectorQuantizer(codebook, STE() if estimator is None else estimator, channel_dim=1)
+    model = VQVAE(quantizer, width=8, latent_dim=4, downsamplings=1, residual_blocks=1)
+    return model.to(DEVICE, dtype)
+
+
+def adam(model, lr=4e-3):
+    codes, rest = split_parameters(model)
+    pair = (torch.optim.Adam(parameters, lr=lr) for parameters in (codes, rest))
+    return dict(zip(("codebook_optimizer", "model_optimizer"), pair, strict=True))
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+@pytest.mark.parametrize("estimator", [STE(), DiVeQDetach()])
+def test_learns_on_images(name, estimator):
+    if name == "closed" and not isinstance(estimator, STE):
+        pytest.skip("the closed form is that of STE")
+    model = vqvae(estimator)
+    procedure = PROCEDURES[name](model, F.mse_loss, **adam(model))
+    x = torch.rand(8, 3, 8, 8, device=DEVICE)
+    reports = [procedure.step(x) for _ in range(20)]
+    assert all(isinstance(report, Step) for report in reports)
+    assert reports[-1].indices.shape == (8, 4, 4, 1)
+    assert float(reports[-1].task) < 0.8 * float(reports[0].task)
+
+
+def test_closed_form_on_images():
+    """Features that are not the last dimension, convolutions, and the rounding of half precision."""
+    model, x = vqvae(dtype=torch.float64), torch.rand(8, 3, 8, 8, dtype=torch.float64, device=DEVICE)
+    procedure = MetaQuantization(model, F.mse_loss, **adam(model), xi=0.3)
+    (closed,) = procedure.hypergradients(x)[1].values()
+    exact = exact_indirect(model, x, 0.3).view_as(closed)
+    torch.testing.assert_close(closed, exact, rtol=0, atol=rounding(exact, ops=10_000))
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_half_precision(name):
+    model = vqvae()
+    procedure = PROCEDURES[name](model, F.mse_loss, **adam(model))
+    x = torch.rand(8, 3, 8, 8, device=DEVICE)
+    # one context for all steps: no cast of a parameter may outlive the parameter's change
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        reports = [procedure.step(x) for _ in range(20)]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert float(reports[-1].task) < 0.8 * float(reports[0].task)
+
+
+def trained(name, batches):
+    model = autoencoder()
+    procedure = PROCEDURES[name](model, F.mse_loss, **optimizers(model))
+    losses = [procedure.step(x).loss for x in batches]
+    return {n: v.numpy() for n, v in (snapshot(model) | {"losses": torch.stack(losses)}).items()}
+
+
+def on_rank(rank, port, batches, queue):
+    torch.set_num_threads(1)
+    if sys.platform.startswith("linux"):
+        # a machine without a network cannot tell gloo its own address
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    queue.put((rank, {name: trained(name, [x.chunk(2)[rank] for x in batches]) for name in PROCEDURES}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="gloo reduces tensors of the cpu")
+def test_two_processes_equal_one():
+    batches = [batch(seed) for seed in range(3)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=on_rank, args=(rank, port, batches, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+    for name in PROCEDURES:
+        expected = trained(name, batches)
+        for key, value in expected.items():
+            first, second = found[0][name][key], found[1][name][key]
+            assert (first == second).all(), (name, key)
+            # sums in another order; the general form divides what that changes by its displacement, 0.01
+            torch.testing.assert_close(torch.tensor(first), torch.tensor(value), rtol=1e-10, atol=1e-12)
