@@ -188,7 +188,7 @@ class Product(Combined):
         codes = torch.stack([part.codes().detach() for part in parts])
         indices = first.estimator.encode(y, codes).squeeze(-1)
         # a row is one: where a group is not finite, no group chooses
-        return torch.where(y.isfinite().flatten(-2).all(-1, keepdim=True), indices, 0)
+        return torch.where(finite_rows(x), indices, 0)
 
     def decode(self, indices: Tensor) -> Tensor:
         alike = self._alike()
