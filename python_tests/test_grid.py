@@ -85,5 +85,5 @@ def test_the_grid_has_every_pair_of_the_table():
         for estimator in ESTIMATORS
         if refusal(*parts(codebook, estimator)[:2]) is not None
     }
-    assert {("ema", "sf_diveq"), ("ema", "sf_diveq_detach")} <= refused
+    assert {("ema", "sf_diveq"), ("ema", "sf_diveq_detach"), ("ema", "sync")} <= refused
     assert {codebook for codebook, _ in refused} == {"ema"}

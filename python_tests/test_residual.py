@@ -15,11 +15,13 @@ from vqkernels.nn import (
     Codebook,
     DiVeQ,
     DiVeQDetach,
+    Gumbel,
     Product,
     Residual,
     Rotation,
     SFDiVeQ,
     SFDiVeQDetach,
+    Stochastic,
     VectorQuantizer,
     build,
 )
@@ -97,6 +99,23 @@ def test_the_joint_form_of_ste():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
     for s, c in zip(quantizer.stages, codes, strict=True):
         torch.testing.assert_close(s.codebook.weight.grad, c.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("joint", [None, False])
+@pytest.mark.parametrize("estimator", [Gumbel, Stochastic, Rotation])
+def test_other_estimators(estimator, joint):
+    """Those that draw codes run jointly where they can, learn, and evaluate without noise."""
+    quantizer = Residual(stages(estimator), joint=joint, min_stages=2)
+    x = torch.randn(60, D, device=DEVICE, requires_grad=True)
+    z, indices, loss = quantizer(x)
+    (z.square().sum() + loss).backward()
+    torch.testing.assert_close(
+        z, quantizer.decode(indices), rtol=0, atol=8 * 2**-23 * float(z.detach().abs().max())
+    )
+    assert x.grad.isfinite().all() and x.grad.any() and (indices[:, 2] < 0).any()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in quantizer.parameters())
+    z, indices, _ = quantizer.eval()(x)
+    assert torch.equal(quantizer.decode(indices), z) and torch.equal(quantizer(x).indices, indices)
 
 
 def test_the_joint_form_of_the_synchronized_update_and_of_rotations():
@@ -313,7 +332,7 @@ def test_the_short_name():
 
 
 def test_what_joins_by_default():
-    assert not Residual([stage(STE()), stage(DiVeQ())]).joint
+    assert not Residual([stage(STE()), stage(DiVeQ())]).joint and not Residual(stages(Gumbel)).joint
     assert not Residual([stage(DiVeQ()), stage(DiVeQ(noise_std=0.5))]).joint
     cosine = VectorQuantizer(Codebook(K, D), DiVeQ(), metric="cosine")
     projected = VectorQuantizer(Codebook(K, 2), DiVeQ(), dim=D)
@@ -329,6 +348,7 @@ def test_what_joins_by_default():
         (ValueError, "at least 1", lambda: Residual(stages(STE), min_stages=0)),
         (ValueError, "at most 3", lambda: Residual(stages(STE), min_stages=4)),
         (ValueError, "not of one kind", lambda: Residual([stage(STE()), stage(DiVeQ())], joint=True)),
+        (ValueError, "no sum of codes", lambda: Residual(stages(Gumbel), joint=True)),
         (ValueError, "not all VectorQuantizers", lambda: Residual([FSQ([4] * D)], joint=True)),
         (TypeError, "True or False", lambda: Residual(stages(STE), joint=1)),
         (

@@ -52,6 +52,12 @@ def everything(x, codes, indices, position, grad):
         for direction in range(3):
             results.append(op.directional(x, codes, indices, at, seed, direction, 0.03, 5))
             results += op.directional_backward(grad, x, codes, indices, at, seed, direction, 0.03, 5)
+    results.append(op.straight_through(x, codes, indices)[0])
+    pull = torch.tensor(0.25)
+    for rotation in (False, True):
+        for sync in (0.0, 0.5):
+            weights = (rotation, 0.5, 1.0, sync)
+            results += op.straight_through_backward(grad, pull, x, codes, indices, *weights, True, True)
     results += op.code_sums(x, indices, len(codes))
     return [result.nan_to_num(nan=-77.0) for result in results]
 

@@ -99,7 +99,7 @@ class MetaQuantization(Procedure):
         quantizer = self.model.quantizer
         if type(quantizer) is not VectorQuantizer:
             return f"the quantizer is a {type(quantizer).__name__}"
-        if type(quantizer.estimator) is not STE:
+        if type(quantizer.estimator) is not STE or quantizer.estimator.sync > 0:
             return f"{type(quantizer.estimator).__name__} may pass the task's gradient on to the codes"
         for part in self.model.encoder.modules():
             if part.training and isinstance(part, _RANDOM) and getattr(part, "p", 1) > 0:

@@ -49,6 +49,9 @@ class Gumbel(Estimator):
 
     noisy = True
     grouped = False
+    joint = False
+    # every code of a row has a part in its gradient, so a target chosen elsewhere is not enough
+    joint = False
 
     def __init__(
         self,
@@ -65,6 +68,8 @@ class Gumbel(Estimator):
         schedule = ExponentialTemperature(10_000) if temperature is None else temperature
         self.temperature = Temperature("Gumbel", schedule, zero=False)
         self.head = head
+        # whether an evaluation is the nearest code
+        self.plain = head is None
         self.idle = self.temperature.schedule.settled(0)
 
     def choose(self, x: Tensor, codes: Tensor, context: Context) -> Choice:
