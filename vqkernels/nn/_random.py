@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vqkernels.ops.philox import philox_op
 
-# the stream of one seed that other seeds are drawn from; see vqkernels/philox.py for the first six
-_SEEDS = 6
+# streams of one seed beside those of vqkernels/philox.py: where other seeds are drawn, and how many stages are kept
+_SEEDS, DROPOUT = 6, 7
 
 
 def distributed() -> bool:

@@ -72,6 +72,13 @@ class Estimator(nn.Module):
     # whether training indices are codes, and whether it takes groups
     chooses_codes = True
     grouped = True
+    # whether `cross` takes targets that are no codes, such as sums of codes; whether it has a loss, and whether the
+    # gradient of z reaches the codes
+    joint = True
+    has_loss = True
+    reaches_codes = True
+    # whether an evaluation is the nearest code
+    plain = True
 
     def choose(self, x: Tensor, codes: Tensor, context: Context) -> Choice:
         """The code of each row in training, without gradient; by default the nearest."""
@@ -129,7 +136,7 @@ def nearest(x: Tensor, codes: Tensor) -> Tensor:
     """Nearest code of each row: x (..., D), codes (K, D) -> (...); or x (..., G, D), codes (G, K, D) -> (..., G)."""
     if codes.dim() == 2:
         return nearest_code(x, codes).indices
-    return nearest_code(x.movedim(-2, 0), codes).indices.movedim(0, -1)
+    return nearest_code(x.movedim(-2, 0), codes).indices.movedim(0, -1).contiguous()
 
 
 def flat(codes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ class DiVeQ(Estimator):
     """
 
     noisy = True
+    has_loss = False
 
     def __init__(self, *, noise_std: float = NOISE_STD):
         super().__init__()
@@ -60,6 +61,7 @@ class FixedDirection(Estimator):
     """Members of the family whose direction has no scale of noise."""
 
     direction: str
+    has_loss = False
 
     def cross(self, x: Tensor, codes: Tensor, choice: Choice, context: Context) -> Estimate:
         return move(x, codes, choice, context, self.direction)

@@ -49,6 +49,7 @@ class Gumbel(Estimator):
 
     noisy = True
     grouped = False
+    joint = False
     # every code of a row has a part in its gradient, so a target chosen elsewhere is not enough
     joint = False
 

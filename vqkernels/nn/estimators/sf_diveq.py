@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
-from vqkernels.nn.estimators.base import Choice, Context, Estimate, Estimator, gather, masked
+from vqkernels.nn.estimators.base import Choice, Context, Estimate, Estimator, flat, gather, masked
 from vqkernels.nn.estimators.diveq import move
 from vqkernels.nn.methods import Method, register
 from vqkernels.ops import nearest_segment
+from vqkernels.ops._layout import collapse_groups
 from vqkernels.ops.directional import NOISE_STD
 from vqkernels.ops.diveq import dithered_segment
+from vqkernels.ops.nearest_code import nearest_code_op
+from vqkernels.ops.philox import dither
 
 
 class SpaceFilling(Estimator):
@@ -23,6 +27,7 @@ class SpaceFilling(Estimator):
     # the dither, also where there is no noise
     noisy = True
     chooses_codes = False
+    has_loss = False
 
     def __init__(self, *, evaluation: str = "codeword", bits: int = 4):
         super().__init__()
@@ -47,8 +52,16 @@ class SpaceFilling(Estimator):
 
     def choose(self, x: Tensor, codes: Tensor, context: Context) -> Choice:
         """The nearest dithered point p_s = (1 - l_s) c_s + l_s c_{s+1} of each row (eq. 11)."""
-        segments, position = dithered_segment(x, codes, context.seed, None)
+        if codes.dim() == 2:
+            segments, position = dithered_segment(x, codes, context.seed, None)
+        else:
+            segments, position = _dithered_segments(x, codes, context.seed)
         return Choice(masked(segments, context.mask), position)
+
+    @property
+    def plain(self) -> bool:  # type: ignore[override]
+        """Whether an evaluation is the nearest code."""
+        return self.evaluation == "codeword"
 
     def encode(self, x: Tensor, codes: Tensor) -> Tensor:
         if self.evaluation == "codeword":
@@ -123,6 +136,17 @@ class SFDiVeQDetach(SpaceFilling):
 
     def extra_repr(self) -> str:
         return f"evaluation={self.evaluation!r}"
+
+
+def _dithered_segments(x: Tensor, codes: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Segments (..., G) and positions of x (..., G, D) in codes (G, K, D), whose dither is that of G K codes."""
+    groups, num_codes, _ = codes.shape
+    # no segment leads from the last code of a group to the first of the next
+    weights = F.pad(dither(seed, groups * num_codes), (0, 1)).view(groups, num_codes)
+    points = collapse_groups(x.detach().movedim(-2, 0))
+    found, _ = nearest_code_op(points, codes.detach(), weights[:, :-1].contiguous(), True, [])
+    segments = found.view(groups, *x.shape[:-2]).movedim(0, -1).contiguous()
+    return segments, weights.flatten()[flat(codes, segments)[1]]
 
 
 def interpolate(codes: Tensor, segments: Tensor, position: Tensor) -> Tensor:

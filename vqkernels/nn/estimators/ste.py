@@ -42,6 +42,11 @@ class STE(Estimator):
         self.commitment_weight = check_number(name, "commitment_weight", commitment_weight)
         self.sync = check_number(name, "sync", sync)
 
+    @property
+    def reaches_codes(self) -> bool:  # type: ignore[override]
+        """Whether the gradient of z reaches the codes."""
+        return self.sync > 0
+
     def cross(self, x: Tensor, codes: Tensor, choice: Choice, context: Context) -> Estimate:
         # a latent of G groups has G rows
         groups = x.shape[-2] if codes.dim() == 3 else 1

@@ -98,6 +98,11 @@ class Quantizer(nn.Module):
         return True
 
     @property
+    def warming(self) -> bool:
+        """Whether training forwards pass x through for now."""
+        return False
+
+    @property
     def idle(self) -> bool:
         """Whether no schedule of the host will change anything any more."""
         return True
@@ -128,6 +133,9 @@ class Quantizer(nn.Module):
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         """Quantize x (..., D) in training; indices (..., Q)."""
         raise NotImplementedError
+
+    def start_rows(self, x: Tensor, context: Context) -> None:
+        """Give codes that wait for a batch their first values from x (..., D)."""
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize x (..., D) without noise: z in x's dtype and indices (..., Q)."""
@@ -175,6 +183,20 @@ class Quantizer(nn.Module):
             if mask is not None:
                 z, indices = torch.where(mask[..., None], z, 0), torch.where(mask[..., None], indices, -1)
         return Quantized(z.movedim(-1, self.channel_dim), indices, loss)
+
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Start the codes from x, as the first training forward does by itself where upkeep such as `KMeansInit` asks.
+
+        It does nothing where no code waits for a batch. Call it before `torch.compile` or the capture of a CUDA graph,
+        on every rank.
+
+        Args:
+            x, mask: as of a forward.
+        """
+        rows = self._rows(x, mask).detach()
+        seed = torch.zeros((), dtype=torch.int64, device=rows.device)
+        with torch.no_grad():
+            self.start_rows(rows, Context(seed, mask=mask))
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Indices of an evaluation, int64 (..., Q), in any mode: no noise, no statistics, no gradient.

@@ -97,6 +97,11 @@ class VectorQuantizer(Quantizer):
         return all(part.ready and part.started for part in self._parts())
 
     @property
+    def warming(self) -> bool:
+        """Whether training forwards pass x through for now."""
+        return not all(part.ready for part in self._parts())
+
+    @property
     def idle(self) -> bool:
         """Whether no schedule of the host will change anything any more."""
         return self.estimator.idle and all(part.idle for part in self._parts())
@@ -139,7 +144,7 @@ class VectorQuantizer(Quantizer):
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         y = self.inside(x)
-        if not all(part.ready for part in self._parts()):
+        if self.warming:
             return self._warm_up(x, y, context)
         self.start_codes(y, context)
         estimate = self.estimator(y, self.codes(), context)
@@ -151,19 +156,8 @@ class VectorQuantizer(Quantizer):
             z = z if context.mask is None else torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
 
-    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Start the codes from x, as the first training forward does by itself where upkeep such as `KMeansInit` asks.
-
-        It does nothing where no code waits for a batch. Call it before `torch.compile` or the capture of a CUDA graph,
-        on every rank.
-
-        Args:
-            x, mask: as of a forward.
-        """
-        rows = self._rows(x, mask).detach()
-        seed = torch.zeros((), dtype=torch.int64, device=rows.device)
-        with torch.no_grad():
-            self.start_codes(self.inside(rows), Context(seed, mask=mask))
+    def start_rows(self, x: Tensor, context: Context) -> None:
+        self.start_codes(self.inside(x), context)
 
     def start_codes(self, y: Tensor, context: Context) -> None:
         """Give the codes their first values from y (..., D'), where they wait for them."""
