@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vqkernels.train.alternated import Alternated
-from vqkernels.train.bilevel import MetaQuantization
 
 from vqkernels.models import VQVAE
 from vqkernels.nn import (
@@ -45,6 +43,8 @@ from vqkernels.nn import (
     kmeans,
 )
 from vqkernels.nn.quantizers.fsq import factor_levels
+from vqkernels.train.alternated import Alternated
+from vqkernels.train.bilevel import MetaQuantization
 from vqkernels.train.data import ImageSet
 
 LR = 5.5e-4

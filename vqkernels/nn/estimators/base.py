@@ -163,8 +163,8 @@ def gather(codes: Tensor, indices: Tensor) -> Tensor:
 
 def finite_rows(x: Tensor) -> Tensor:
     """Which rows hold no NaN and no Inf: (..., D) -> (..., 1) bool."""
-    # one pass: the largest magnitude of a row is NaN or Inf where any of its features is
-    return torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).isfinite()
+    # a maximum is NaN or Inf where any of its terms is; this is the fastest of the ways to ask
+    return x.detach().abs().amax(-1, keepdim=True) < torch.inf
 
 
 def mark(value: Tensor, finite: Tensor) -> Tensor:
