@@ -61,6 +61,7 @@ def test_a_row_that_is_not_finite_stays_alone():
 def test_gradcheck():
     x = torch.randn(3, 5, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(unit_rows, x)
+    assert torch.autograd.gradgradcheck(unit_rows, x)
 
 
 def test_empty():

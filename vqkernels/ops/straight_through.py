@@ -187,6 +187,9 @@ class _StraightThrough(torch.autograd.Function):
             grad = x.new_zeros(()).expand(x.shape)
         pull = scale.new_zeros(()) if grad_loss is None else 2 * grad_loss * scale
         need_x, need_codebook, *_ = ctx.needs_input_grad
+        # without its share of dL/dz a code has a gradient from the loss alone: where that has none, neither has the code
+        *_, sync = ctx.options
+        need_codebook = need_codebook and (grad_loss is not None or sync != 0)
         arguments = (grad, pull, x, codebook, indices, *ctx.options, need_x, need_codebook)
         grad_x, grad_codebook = straight_through_backward_op(*arguments, backend=ctx.backend)
         return (

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqkernels.checks import check_rows
 from vqkernels.dispatch import Op
@@ -39,29 +38,33 @@ def _reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _reference_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
-    grad_x = torch.empty_like(y)
-    for at in _chunks(y):
-        g, unit, length = grad[at], y[at], norm[at]
-        along = (g * unit).sum(2, keepdim=True)
-        # a row that is shorter than EPS is only multiplied
-        along = torch.where(length < EPS, 0, along)
-        torch.div(torch.addcmul(g, unit, along, value=-1), length.clamp_min(EPS), out=grad_x[at])
+def _reference_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    grad_x = torch.empty_like(x)
+    for at in _chunks(x):
+        grad_x[at] = _project(grad[at], x[at], norm[at])
     return grad_x
+
+
+def _project(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """(g - y (y . g)) / |x| with y = x / |x|; a row that is shorter than EPS is only multiplied."""
+    length = norm.clamp_min(EPS)
+    unit = x / length
+    along = torch.where(norm < EPS, 0, (grad * unit).sum(-1, keepdim=True))
+    return torch.addcmul(grad, unit, along, value=-1) / length
 
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(*x.shape[:2], 1)
 
 
-def _fake_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
-    return torch.empty_like(y)
+def _fake_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 unit_rows_op = Op("unit_rows", "(Tensor x) -> (Tensor, Tensor)", reference=_reference, fake=_fake)
 unit_rows_backward_op = Op(
     "unit_rows_backward",
-    "(Tensor grad, Tensor y, Tensor norm) -> Tensor",
+    "(Tensor grad, Tensor x, Tensor norm) -> Tensor",
     reference=_reference_backward,
     fake=_fake_backward,
 )
@@ -74,13 +77,16 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*output)
+        ctx.save_for_backward(inputs[0], output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _):
-        return unit_rows_backward_op(grad, *ctx.saved_tensors)
+        x, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # somebody differentiates the gradient
+            return _project(grad, x, torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+        return unit_rows_backward_op(grad, x, norm)
 
 
 def unit_rows(x: Tensor) -> Tensor:
