@@ -7,13 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vqkernels.checks import check_count
+from vqkernels.checks import check_below, check_count, refuse
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.estimators.base import Context, finite_rows, gather, no_loss
 from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
 
 # codebooks of up to this many codes are decoded from their table, which rounds alike for any number of rows
 _TABLE = 1 << 16
+# a table of more codes than this fits nowhere
+_EXPORTED = 1 << 28
 
 
 class ImplicitQuantizer(Quantizer):
@@ -90,6 +92,7 @@ class ImplicitQuantizer(Quantizer):
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, 1)
+        check_below("decode", "indices", indices, self.num_codes)
         if self.num_codes <= _TABLE:
             return gather(self._table(indices.device), indices.squeeze(-1))
         rows = self._outside(self.points(indices.squeeze(-1).clamp_min(0)))
@@ -99,4 +102,8 @@ class ImplicitQuantizer(Quantizer):
         return self._outside(self.points(torch.arange(self.num_codes, device=device)))
 
     def export(self) -> Tensor:
+        if self.num_codes > _EXPORTED:
+            requirement = f"be at most {_EXPORTED} to export a table"
+            fix = "Call decode on the indices that you have"
+            refuse(ValueError, type(self).__name__, "num_codes", requirement, self.num_codes, fix)
         return self._table(self._device()).detach().clone()
