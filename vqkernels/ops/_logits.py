@@ -54,6 +54,11 @@ def arithmetic(x: Tensor, codebook: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
 
 
+def at_least_tiny(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """A temperature in `dtype`, where what is above 0 stays above 0."""
+    return temperature.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+
+
 def centred(codebook: Tensor, dtype: torch.dtype) -> Codes:
     """The codes (K, D) around their mean."""
     wide = codebook.double()
