@@ -152,7 +152,9 @@ class Quantizer(nn.Module):
 
         Raises:
             TypeError: the indices are not int64.
-            ValueError: they have another Q than this evaluation mode, or the mode is "curve".
+            ValueError: they have another Q than this evaluation mode, or the mode is "curve", or, on the CPU, one of
+                them stands for no code. Elsewhere that would wait for the device, which then complains by itself, or
+                returns what means nothing.
         """
         raise NotImplementedError
 
@@ -322,6 +324,15 @@ class Quantizer(nn.Module):
 
 def check_decodable(indices: Tensor, codes_per_latent: int) -> None:
     """Indices that `decode` can take: int64 (..., Q)."""
+    if not isinstance(indices, Tensor):
+        refuse(
+            TypeError,
+            "decode",
+            "indices",
+            "be a tensor",
+            type(indices).__name__,
+            "Pass torch.tensor(indices)",
+        )
     if indices.dtype != torch.int64:
         refuse(TypeError, "decode", "indices", "be int64", indices.dtype, "Call indices.long()")
     if indices.dim() < 1 or indices.shape[-1] != codes_per_latent:
