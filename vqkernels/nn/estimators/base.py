@@ -24,12 +24,14 @@ class Context(NamedTuple):
         row_offset: number of the first row, over all processes.
         mask: (...) bool, False where a row takes no part; None for all.
         mean_rows: 0-d, rows that count on each process in the mean; None for those found here.
+        learned: whether the codes are learned by gradient, for forwards without one, where codes do not tell.
     """
 
     seed: Tensor
     row_offset: int = 0
     mask: Tensor | None = None
     mean_rows: Tensor | None = None
+    learned: bool = True
 
 
 class Choice(NamedTuple):
@@ -165,6 +167,13 @@ def finite_rows(x: Tensor) -> Tensor:
     """Which rows hold no NaN and no Inf: (..., D) -> (..., 1) bool."""
     # a maximum is NaN or Inf where any of its terms is; this is the fastest of the ways to ask
     return x.detach().abs().amax(-1, keepdim=True) < torch.inf
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / |x| of rows (..., D); a row shorter than 1e-12 is divided by that, and as it has no direction, no gradient."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    y = x / length.clamp_min(1e-12)
+    return torch.where(length.detach() <= 1e-12, y.detach(), y)
 
 
 def mark(value: Tensor, finite: Tensor) -> Tensor:

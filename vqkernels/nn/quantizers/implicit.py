@@ -84,7 +84,7 @@ class ImplicitQuantizer(Quantizer):
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         indices = self.encode_rows(x)
-        return self.decode(indices).to(x.dtype), indices
+        return self._decode(indices).to(x.dtype), indices
 
     def encode_rows(self, x: Tensor) -> Tensor:
         y, finite = self._inside(x)
@@ -93,6 +93,9 @@ class ImplicitQuantizer(Quantizer):
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, 1)
         check_below("decode", "indices", indices, self.num_codes)
+        return self._decode(indices)
+
+    def _decode(self, indices: Tensor) -> Tensor:
         if self.num_codes <= _TABLE:
             return gather(self._table(indices.device), indices.squeeze(-1))
         rows = self._outside(self.points(indices.squeeze(-1).clamp_min(0)))

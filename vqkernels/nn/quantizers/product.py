@@ -130,7 +130,8 @@ class Product(Combined):
         y = first.inside(x.unflatten(-1, (groups, first.dim)))
         self._start(y, context, parts)
         codes = torch.stack([part.codes() for part in parts])
-        estimate: Estimate = first.estimator(y, codes, context)
+        learned = any(part.codebook.learned for part in parts)
+        estimate: Estimate = first.estimator(y, codes, context._replace(learned=learned))
         for g, part in enumerate(parts):
             part.observe(y[..., g, :], estimate.indices[..., g])
         # a mean over the rows of all groups, in place of a mean for each

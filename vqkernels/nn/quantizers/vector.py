@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkernels.checks import check_below, check_choice, check_count, check_kind, refuse
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.codebooks.learned import Codebook
-from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
+from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss, unit_rows
 from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
 from vqkernels.nn.upkeep.base import Upkeep, check_upkeep
 
@@ -121,7 +120,7 @@ class VectorQuantizer(Quantizer):
             x = self.project_in(torch.where(finite, x, 0).to(self.project_in.weight.dtype))
             x = torch.where(finite, x, torch.nan)
         if self.metric == "cosine":
-            x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+            x = unit_rows(x.to(torch.promote_types(x.dtype, torch.float32)))
         return x
 
     def codes(self) -> Tensor:
@@ -129,7 +128,7 @@ class VectorQuantizer(Quantizer):
         with full_precision(self.codebook.device):
             codes = self.codebook.codes()
             if self.metric == "cosine":
-                codes = F.normalize(codes.to(torch.promote_types(codes.dtype, torch.float32)), dim=-1)
+                codes = unit_rows(codes.to(torch.promote_types(codes.dtype, torch.float32)))
             return codes
 
     def outside(self, z: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ class VectorQuantizer(Quantizer):
         if self.warming:
             return self._warm_up(x, y, context)
         self.start_codes(y, context)
-        estimate = self.estimator(y, self.codes(), context)
+        estimate = self.estimator(y, self.codes(), context._replace(learned=self.codebook.learned))
         self.observe(y, estimate.indices)
         z = estimate.z.to(x.dtype)
         if self.project_out is not None:
