@@ -10,6 +10,7 @@ import torch
 import vqkernels as vq
 from vqkernels import BackendError
 from vqkernels.nn import (
+    RPQ,
     STE,
     DiVeQ,
     EMACodebook,
@@ -55,6 +56,16 @@ CASES = {
         lambda: VectorQuantizer(Codebook(5, 4), STE(), ["importance"]),
         TypeError,
         r"upkeep must be an Upkeep; got str",
+    ),
+    "a wrapper in place of an optimizer": (
+        lambda: build("ste", dim=4, num_codes=5).follow(torch.nn.Linear(2, 2)),
+        TypeError,
+        r"VectorQuantizer: optimizer must be an Optimizer; got Linear",
+    ),
+    "channel_dim of RPQ": (
+        lambda: RPQ(4, 5, channel_dim=1.0),
+        TypeError,
+        r"RPQ: channel_dim must be an int; got 1\.0",
     ),
     "decode a list": (
         lambda: build("ste", dim=4, num_codes=5).decode([[0]]),
