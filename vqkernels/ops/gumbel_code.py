@@ -23,8 +23,9 @@ from torch.autograd.function import once_differentiable
 from vqkernels import philox
 from vqkernels.checks import check_count, check_pair, check_seed, check_temperature
 from vqkernels.dispatch import Op
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse
-from vqkernels.ops._logits import Chunk, arithmetic, at_least_tiny, centred, chunks, half_logits
+from vqkernels.ops._logits import Chunk, at_least_tiny, centred, chunks, half_logits
 from vqkernels.ops.philox import philox_op
 
 _ARGUMENTS = "Tensor x, Tensor codebook, Tensor seed, Tensor temperature, SymInt row_offset"

@@ -9,8 +9,9 @@ from torch import Tensor
 from vqkernels import philox
 from vqkernels.checks import check_count, check_pair, check_seed, check_temperature
 from vqkernels.dispatch import Op
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse
-from vqkernels.ops._logits import arithmetic, at_least_tiny, centred, chunks, half_logits
+from vqkernels.ops._logits import at_least_tiny, centred, chunks, half_logits
 from vqkernels.ops.nearest_code import nearest_code_op
 from vqkernels.ops.philox import philox_op
 
