@@ -23,8 +23,9 @@ _MARGIN = 1e-3
 class FSQ(ImplicitQuantizer):
     """Round each of a few bounded features to its levels (Mentzer et al. 2024, section 3.1).
 
-        b_i = (L_i - 1)(1 + 1e-3)/2 tanh(y_i + s_i) - o_i,   o_i = 1/2 for even L_i, else 0,   s_i = atanh(2 o_i/(L_i - 1)(1 + 1e-3))
-        z_i = (b_i + sg[round(b_i) - b_i]) / floor(L_i/2)
+        h_i = (1 + 1e-3) (L_i - 1)/2,   o_i = 1/2 for even L_i, else 0,   s_i = atanh(o_i/h_i)
+        b_i = h_i tanh(y_i + s_i) - o_i
+        z_i = (b_i + sg[round(b_i) - b_i]) / floor(L_i/2),   round(b_i) kept within the L_i levels
 
     K = L_1 L_2 ... L_d codes; the number of a code has the first feature as its lowest digit. Nothing is learned but the
     linear layers where D is not d, so no code can die, and there is no loss.
