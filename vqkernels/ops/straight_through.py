@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from vqkernels import kernels, native
 from vqkernels.checks import check_flag, check_indices, check_number, check_pair, refuse
 from vqkernels.dispatch import Op
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse
 
 # |x/|x| + c/|c|| up to which x and c are antiparallel: no backend can tell such a plane of rotation
@@ -66,7 +67,7 @@ def _turned(g: Tensor, x: Tensor, c: Tensor) -> Tensor:
 
 
 def _reference(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kind = _distance_dtype(x, codebook)
+    kind = arithmetic(x, codebook)
     z, flat = torch.empty_like(x), x.new_empty(indices.numel(), x.shape[-1])
     sq_dist, totals = x.new_empty(indices.numel(), dtype=kind), x.new_zeros(2, dtype=torch.float64)
     for rows, xs, cs, _, alive, good in _chunks(x, codebook, indices):
@@ -112,12 +113,8 @@ def _reference_backward(
     return grad_x, grad_codebook.to(codebook.dtype) if need_codebook else empty_codebook
 
 
-def _distance_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-
-
 def _fake(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sq_dist = x.new_empty(indices.shape, dtype=_distance_dtype(x, codebook))
+    sq_dist = x.new_empty(indices.shape, dtype=arithmetic(x, codebook))
     return torch.empty_like(x), sq_dist, x.new_empty((2,), dtype=torch.float64)
 
 

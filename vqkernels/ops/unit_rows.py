@@ -46,11 +46,11 @@ def _reference_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
 
 
 def _project(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
-    """(g - y (y . g)) / |x| with y = x / |x|; a row that is shorter than EPS is only multiplied."""
+    """(g - y (y . g)) / |x| with y = x / |x|; a row as short as EPS has no direction, and no gradient."""
     length = norm.clamp_min(EPS)
     unit = x / length
-    along = torch.where(norm < EPS, 0, (grad * unit).sum(-1, keepdim=True))
-    return torch.addcmul(grad, unit, along, value=-1) / length
+    along = (grad * unit).sum(-1, keepdim=True)
+    return torch.where(norm <= EPS, 0, torch.addcmul(grad, unit, along, value=-1) / length)
 
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class _UnitRows(torch.autograd.Function):
 def unit_rows(x: Tensor) -> Tensor:
     """Scale each row to length 1, differentiably: y = x / max(|x|, 1e-12), as `torch.nn.functional.normalize` does.
 
-        dL/dx = (g - y (y . g)) / |x|
+        dL/dx = (g - y (y . g)) / |x|,   0 where |x| <= 1e-12
 
     Args:
         x: (..., D) float16, bfloat16, float32 or float64, any strides.

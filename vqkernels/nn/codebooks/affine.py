@@ -194,7 +194,8 @@ class AffineEMACodebook(_Affine):
         mean = sums / rows
         moments = [self._shift() + mean, (squares / rows - mean.square()).clamp_min(0)]
         var, mean = torch.var_mean(self.weight.double().unflatten(0, (self.groups, -1)), 1, correction=0)
-        momentum = torch.where(self.updates > 0, self.momentum, 1.0)
+        # in float64 as the statistics are
+        momentum = torch.where(self.updates > 0, self.momentum, torch.ones_like(self.sums[0]))
         for old, new in zip((self.mean_x, self.var_x, self.mean_c, self.var_c), (*moments, mean, var)):
             # without a row there is nothing new
             old.copy_(torch.where(rows > 0, momentum * new + (1 - momentum) * old, old))

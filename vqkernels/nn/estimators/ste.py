@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from vqkernels.checks import check_number, refuse
@@ -51,13 +52,14 @@ class STE(Estimator):
         # a latent of G groups has G rows
         groups = x.shape[-2] if codes.dim() == 3 else 1
         codes, indices = flat(codes, choice.indices)
+        learned = codes.requires_grad if torch.is_grad_enabled() else context.learned
         z, loss = straight_through(
             x,
             codes,
             indices,
             rotation=self.rotation,
             commitment=self.commitment_weight,
-            codebook_weight=self.codebook_weight if codes.requires_grad else 0.0,
+            codebook_weight=self.codebook_weight if learned else 0.0,
             sync=self.sync,
             mean_rows=None if context.mean_rows is None else groups * context.mean_rows,
         )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vqkernels.checks import check_count
+from vqkernels.checks import check_below, check_count, refuse
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn._linear import finite_linear
 from vqkernels.nn.estimators.base import Context, finite_rows, gather, mark, no_loss
@@ -15,6 +15,8 @@ from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable
 
 # codebooks of up to this many codes are decoded from their table, which rounds alike for any number of rows
 _TABLE = 1 << 16
+# a table of more codes than this fits nowhere
+_EXPORTED = 1 << 28
 
 
 class ImplicitQuantizer(Quantizer):
@@ -83,7 +85,7 @@ class ImplicitQuantizer(Quantizer):
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         indices = self.encode_rows(x)
-        return self.decode(indices).to(x.dtype), indices
+        return self._decode(indices).to(x.dtype), indices
 
     def encode_rows(self, x: Tensor) -> Tensor:
         y, finite = self._inside(x)
@@ -91,6 +93,10 @@ class ImplicitQuantizer(Quantizer):
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, 1)
+        check_below("decode", "indices", indices, self.num_codes)
+        return self._decode(indices)
+
+    def _decode(self, indices: Tensor) -> Tensor:
         if self.num_codes <= _TABLE:
             return gather(self._table(indices.device), indices.squeeze(-1))
         rows = self._outside(self.points(indices.squeeze(-1).clamp_min(0)))
@@ -100,4 +106,8 @@ class ImplicitQuantizer(Quantizer):
         return self._outside(self.points(torch.arange(self.num_codes, device=device)))
 
     def export(self) -> Tensor:
+        if self.num_codes > _EXPORTED:
+            requirement = f"be at most {_EXPORTED} to export a table"
+            fix = "Call decode on the indices that you have"
+            refuse(ValueError, type(self).__name__, "num_codes", requirement, self.num_codes, fix)
         return self._table(self._device()).detach().clone()

@@ -106,7 +106,7 @@ class BSQ(LFQ):
     """Binary spherical quantization: LFQ of latents on the unit sphere (Zhao et al. 2025).
 
         u = y/|y|,   z = u + sg[sign(u)/sqrt(b) - u]
-        loss as of LFQ, with p_b = sigmoid(4 sharpness sqrt(b) u_b) and no commitment, for |u - z| < sqrt(2 - 2/sqrt(b))
+        loss as of LFQ, with p_b = sigmoid(4 sharpness sqrt(b) u_b) and no commitment, for |u - z| <= sqrt(2 - 2/sqrt(b))
 
     Args:
         bits, dim, channel_dim, entropy_weight, diversity_weight, sharpness: as of `LFQ`.

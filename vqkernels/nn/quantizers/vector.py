@@ -8,13 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vqkernels.checks import check_choice, check_count, refuse
+from vqkernels.checks import check_below, check_choice, check_count, check_kind, refuse
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn._linear import finite_linear
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
 from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable
-from vqkernels.nn.upkeep.base import Upkeep
+from vqkernels.nn.upkeep.base import Upkeep, check_upkeep
 from vqkernels.ops import unit_rows
 
 
@@ -50,6 +50,9 @@ class VectorQuantizer(Quantizer):
         dim: int | None = None,
     ):
         name = "VectorQuantizer"
+        check_kind(name, "codebook", codebook, Codebook, "Pass such as Codebook(num_codes, dim)")
+        check_kind(name, "estimator", estimator, Estimator, "Pass such as STE()")
+        check_upkeep(name, upkeep)
         super().__init__(
             codebook.dim if dim is None else check_count(name, "dim", dim, minimum=1), channel_dim=channel_dim
         )
@@ -145,7 +148,7 @@ class VectorQuantizer(Quantizer):
         if self.warming:
             return self._warm_up(x, y, context)
         self.start_codes(y, context)
-        estimate = self.estimator(y, self.codes(), context)
+        estimate = self.estimator(y, self.codes(), context._replace(learned=self.codebook.learned))
         self.observe(y, estimate.indices)
         z = self.outside(estimate.z).to(x.dtype)
         if context.mask is not None and self.project_out is not None:
@@ -222,6 +225,7 @@ class VectorQuantizer(Quantizer):
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, self.codes_per_latent)
+        check_below("decode", "indices", indices[..., 0], self.estimator.num_indices(self.num_codes, False))
         return self.estimator.decode(indices, self.table())
 
     def export(self) -> Tensor:
