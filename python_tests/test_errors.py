@@ -15,6 +15,7 @@ from vqkernels.nn import (
     EMACodebook,
     ImportanceReplacement,
     LatentMeans,
+    Residual,
     SFDiVeQ,
     TwoPhase,
     VectorQuantizer,
@@ -207,7 +208,7 @@ CASES = {
         r"codebook_weight must be a number.*got NoneType",
     ),
     "a threshold above 1": (
-        lambda: ImportanceReplacement(TwoPhase(10), threshold=1.5),
+        lambda: ImportanceReplacement(TwoPhase(5000), threshold=1.5),
         ValueError,
         r"threshold must be in \[0, 1\]; got 1\.5",
     ),
@@ -288,12 +289,12 @@ CASES = {
         r"evaluation must be one of 'codeword', 'curve', 'segment'; got 'line'",
     ),
     "replacement of segments": (
-        lambda: build("sf_diveq", dim=4, num_codes=8, upkeep=[ImportanceReplacement(TwoPhase(10))]),
+        lambda: build("sf_diveq", dim=4, num_codes=8, upkeep=[ImportanceReplacement(TwoPhase(5000))]),
         ValueError,
         r"ImportanceReplacement: estimator must have one training index per code",
     ),
     "negative threshold": (
-        lambda: ImportanceReplacement(TwoPhase(10), threshold=-1),
+        lambda: ImportanceReplacement(TwoPhase(5000), threshold=-1),
         ValueError,
         r"threshold must be in \[0, 1\]; got -1",
     ),
@@ -301,6 +302,46 @@ CASES = {
         lambda: TwoPhase(100, first=0),
         ValueError,
         r"TwoPhase: first must be at least 1; got 0",
+    ),
+    "a schedule that never comes": (
+        lambda: TwoPhase(500),
+        ValueError,
+        r"TwoPhase: total_steps must be more than stop_before, 1000, .*got 500\. Call TwoPhase\.scaled\(500\)",
+    ),
+    "no codebook": (
+        lambda: VectorQuantizer(X, DiVeQ()),
+        TypeError,
+        r"VectorQuantizer: codebook must be a Codebook; got Tensor",
+    ),
+    "an estimator's class": (
+        lambda: VectorQuantizer(Codebook(4, 4), DiVeQ),
+        TypeError,
+        r"VectorQuantizer: estimator must be an Estimator; got the class DiVeQ",
+    ),
+    "one upkeep alone": (
+        lambda: VectorQuantizer(Codebook(4, 4), DiVeQ(), LatentMeans(1)),
+        TypeError,
+        r"VectorQuantizer: upkeep must be a list; got LatentMeans",
+    ),
+    "one upkeep alone, by name": (
+        lambda: build("product", dim=4, num_codes=4, upkeep=LatentMeans(1)),
+        TypeError,
+        r"build: upkeep must be a list; got LatentMeans",
+    ),
+    "a schedule as upkeep": (
+        lambda: VectorQuantizer(Codebook(4, 4), DiVeQ(), [TwoPhase(5000)]),
+        TypeError,
+        r"VectorQuantizer: upkeep must hold upkeep alone; got TwoPhase",
+    ),
+    "follow nothing": (
+        lambda: build("ste", dim=4, num_codes=4).follow(None),
+        TypeError,
+        r"VectorQuantizer: optimizer must be a torch\.optim\.Optimizer; got NoneType",
+    ),
+    "a stage alone": (
+        lambda: Residual(build("ste", dim=4, num_codes=4)),
+        TypeError,
+        r"Residual: stages must be a list of quantizers; got VectorQuantizer",
     ),
     "no warm-up steps": (lambda: LatentMeans(0), ValueError, r"LatentMeans: steps must be at least 1; got 0"),
 }

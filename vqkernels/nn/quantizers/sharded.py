@@ -14,6 +14,7 @@ from vqkernels.nn._random import all_rows, all_sum, distributed
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Choice, Context, Estimator, gather, nearest
 from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable
+from vqkernels.nn.quantizers.vector import check_part
 from vqkernels.ops import code_sums
 
 
@@ -38,15 +39,16 @@ class ShardedVectorQuantizer(Quantizer):
     """
 
     def __init__(self, codebook: Codebook, estimator: Estimator, *, channel_dim: int = -1):
-        super().__init__(codebook.dim, channel_dim=channel_dim)
         name = type(self).__name__
         if type(codebook) is not Codebook:
             fix = "Pass a Codebook: statistics and generators are of whole codebooks"
             refuse(TypeError, name, "codebook", "be a plain learned one", type(codebook).__name__, fix)
+        check_part(name, "estimator", estimator, Estimator, "STE()")
         if type(estimator).choose is not Estimator.choose or type(estimator).encode is not Estimator.encode:
             got = type(estimator).__name__
             fix = "Pass one such as STE or DiVeQ, whose rows take their nearest code"
             refuse(ValueError, name, "estimator", "search single codes", got, fix)
+        super().__init__(codebook.dim, channel_dim=channel_dim)
         estimator.check(codebook)
         self.codebook, self.estimator = codebook, estimator
         self.noisy = estimator.noisy

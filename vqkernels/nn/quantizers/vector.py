@@ -14,7 +14,7 @@ from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
 from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
-from vqkernels.nn.upkeep.base import Upkeep
+from vqkernels.nn.upkeep.base import Upkeep, check_upkeep
 
 
 class VectorQuantizer(Quantizer):
@@ -49,6 +49,9 @@ class VectorQuantizer(Quantizer):
         dim: int | None = None,
     ):
         name = "VectorQuantizer"
+        check_part(name, "codebook", codebook, Codebook, "Codebook(512, 64)")
+        check_part(name, "estimator", estimator, Estimator, "DiVeQ()")
+        upkeep = check_upkeep(name, upkeep)
         super().__init__(
             codebook.dim if dim is None else check_count(name, "dim", dim, minimum=1), channel_dim=channel_dim
         )
@@ -232,8 +235,17 @@ class VectorQuantizer(Quantizer):
         return self.table().detach().clone()
 
 
+def check_part(op: str, argument: str, part: object, kind: type[nn.Module], such: str) -> None:
+    """A module of a kind, such as a codebook."""
+    if not isinstance(part, kind):
+        got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        refuse(TypeError, op, argument, f"be {article} {kind.__name__}", got, f"Pass such as {such}")
+
+
 def _reset_moments(optimizer: torch.optim.Optimizer, codebook: Codebook, rows: Tensor) -> None:
     for parameter in codebook.row_parameters():
         for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0:
+            # a moment has a row for each code, be it as wide or, as of Adafactor, one number
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(rows):
                 value.masked_fill_(rows.view(-1, *[1] * (value.dim() - 1)), 0)

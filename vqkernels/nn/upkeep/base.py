@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,3 +128,15 @@ class Upkeep(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Continue from a loaded state."""
         self.ready, self.started = bool(state[0]), bool(state[1])
+
+
+def check_upkeep(op: str, upkeep: object) -> list[Upkeep]:
+    """A list of upkeep, maybe empty."""
+    if not isinstance(upkeep, (Sequence, nn.ModuleList)):
+        refuse(TypeError, op, "upkeep", "be a list", type(upkeep).__name__, "Pass such as [KMeansInit()]")
+    for part in upkeep:
+        if not isinstance(part, Upkeep):
+            got = part.__name__ if isinstance(part, type) else type(part).__name__
+            fix = "Pass such as KMeansInit() or ImportanceReplacement(Every(100))"
+            refuse(TypeError, op, "upkeep", "hold upkeep alone", got, fix)
+    return list(upkeep)
