@@ -109,6 +109,7 @@ class MetaQuantization(Procedure):
         return None
 
     def step(self, batch: Tensor, target: Tensor | None = None) -> MetaStep:
+        self._check_training()
         if not self.model.quantizer.initialized:
             return self._warm_up(batch, target)
         direct, indirect = self.hypergradients(batch, target)
