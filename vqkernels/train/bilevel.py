@@ -200,7 +200,8 @@ class MetaQuantization(Procedure):
             there = here | {n: here[n] + sign * eps * v for n, v in direction.items()}
             # a difference of nearby gradients needs all their digits
             with torch.autocast(batch.device.type, enabled=False):
-                sides.append(gradients_of(self._probe(there, batch, target).total, self._psi))
+                losses = self._probe(there, batch, target)
+                sides.append(gradients_of(self._losses_of_codes(losses), self._psi))
         up, down = sides
         return {n: (up[n] - down[n]) / (2 * eps) for n in up}
 

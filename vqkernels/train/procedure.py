@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqkernels.checks import refuse
-from vqkernels.nn import Codebook, Quantized, Quantizer
+from vqkernels.nn import Codebook, Estimator, Quantized, Quantizer
 from vqkernels.nn._random import all_sum, distributed
 from vqkernels.train.config import RunError
 
@@ -175,6 +175,12 @@ class Procedure:
             got, fix = f"shape {tuple(task.shape)}", "Average it over the batch"
             refuse(ValueError, type(self).__name__, "task_loss", "return a 0-d tensor", got, fix)
         return Losses(quantized, task, task + quantized.loss)
+
+    def _losses_of_codes(self, losses: Losses) -> Tensor:
+        """The part of the total that depends on the codes, which spares a way back through the decoder."""
+        parts = [part for part in self.model.quantizer.modules() if isinstance(part, Estimator)]
+        alone = bool(parts) and not any(part.reaches_codes for part in parts)
+        return losses.quantized.loss if alone and losses.quantized.loss.requires_grad else losses.total
 
     def _checked(self, losses: Losses, others: Named | None = None) -> tuple[Tensor, Tensor]:
         """The total and the task's loss, means over ranks, after one wait for the device to see that they are finite."""

@@ -184,7 +184,7 @@ class Quantizer(nn.Module):
             z, loss = torch.where(finite_rows(rows), z, torch.nan), no_loss(rows)
             if mask is not None:
                 z, indices = torch.where(mask[..., None], z, 0), torch.where(mask[..., None], indices, -1)
-        return Quantized(z.movedim(-1, self.channel_dim), indices, loss)
+        return Quantized(laid_out(z.movedim(-1, self.channel_dim), x), indices, loss)
 
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Start the codes from x, as the first training forward does by itself where upkeep such as `KMeansInit` asks.
@@ -351,11 +351,10 @@ def check_decodable(indices: Tensor, codes_per_latent: int) -> None:
         refuse(ValueError, "decode", "indices", f"be (..., {codes_per_latent})", tuple(indices.shape), fix)
 
 
-def poison(z: Tensor, x: Tensor, finite: Tensor) -> Tensor:
-    """z, with NaN in value and in dL/dx where a row of x is not `finite` (..., 1), and no other gradient to x."""
-    nothing = (x - x.detach()) * torch.where(finite, 0.0, torch.nan).to(x.dtype)
-    # it comes first: the sum keeps its strides, which are those of x
-    return nothing + torch.where(finite, z, torch.nan)
+def laid_out(z: Tensor, x: Tensor) -> Tensor:
+    """z in the layout of x, so that convolutions behind a quantizer find the memory format they had before it."""
+    like = torch.empty_like(x, dtype=z.dtype)
+    return z if z.stride() == like.stride() else like.copy_(z)
 
 
 def mean_rows(x: Tensor, mask: Tensor | None) -> Tensor | None:

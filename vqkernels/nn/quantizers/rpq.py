@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vqkernels.checks import check_count, check_floating, check_mask, refuse
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.estimators.base import finite_rows, nearest
+from vqkernels.ops import unit_rows
 
 
 class RPQ(nn.Module):
@@ -66,7 +67,7 @@ class RPQ(nn.Module):
         rows = x.movedim(self.channel_dim, -1)
         with full_precision(x.device):
             y = F.linear(rows.to(self.projection.dtype), self.projection.flatten(0, 1))
-            y = F.normalize(y.unflatten(-1, self.projection.shape[:2]), dim=-1)  # (..., Q, code_dim)
+            y = unit_rows(y.unflatten(-1, self.projection.shape[:2]))  # (..., Q, code_dim)
         indices = torch.where(finite_rows(rows), nearest(y, self.weight), 0)
         if mask is None:
             return indices
