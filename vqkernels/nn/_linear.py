@@ -19,15 +19,6 @@ class _FiniteLinear(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, weight, _ = inputs
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
-
-    @staticmethod
-    def jvp(ctx, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
-        # the closed form of Meta-Quantization derives latents forwards
-        x, weight = ctx.saved_tensors
-        moved = x.new_zeros(*x.shape[:-1], len(weight)) if x_t is None else F.linear(x_t, weight)
-        moved = moved if weight_t is None else moved + F.linear(x, weight_t)
-        return moved if bias_t is None else moved + bias_t
 
     @staticmethod
     @once_differentiable

@@ -75,13 +75,7 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*output)
-        ctx.save_for_forward(*output)
         ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def jvp(ctx, x_t):
-        # a symmetric Jacobian: forwards as backwards
-        return unit_rows_backward_op(x_t, *ctx.saved_tensors), None
 
     @staticmethod
     @once_differentiable

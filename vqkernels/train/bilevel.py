@@ -244,7 +244,11 @@ class _Latents(nn.Module):
         self.quantizer, self.encoder = quantizer, encoder
 
     def forward(self, batch: Tensor) -> Tensor:
-        return self.quantizer.inside(self.encoder(batch).movedim(self.quantizer.channel_dim, -1))
+        # plain functions: those of the quantizer derive backwards alone
+        quantizer = self.quantizer
+        x = self.encoder(batch).movedim(quantizer.channel_dim, -1)
+        x = x if quantizer.project_in is None else quantizer.project_in(x)
+        return F.normalize(x, dim=-1) if quantizer.metric == "cosine" else x
 
 
 def _vector(gradients: Named, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -69,8 +70,11 @@ class ShardedVectorQuantizer(Quantizer):
         if context.mask is not None:
             indices = torch.where(context.mask, indices, -1)
         target = _Fetch.apply(self.codebook.codes(), indices).reshape(-1, self.dim)
+        if not len(target):
+            # no codebook is empty
+            target = F.pad(target, (0, 0, 0, 1))
         # each row has its own code now
-        own = torch.arange(len(target), device=x.device).view(indices.shape)
+        own = torch.arange(indices.numel(), device=x.device).view(indices.shape)
         own = torch.where(indices >= 0, own, -1)
         estimate = self.estimator.cross(x, target, Choice(own), context)
         return Quantized(estimate.z, indices[..., None], estimate.loss)
