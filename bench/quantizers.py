@@ -35,6 +35,8 @@ MOST_TIMES, MOST_MB = 1.5, 500
 STREAMED = ("gumbel", "stochastic")
 # rows that are searched again in float64
 CHECKED = 2048
+# an optimizer that never steps
+NEVER = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 0.1)
 
 
 def make(name: str, shape: Sequence[int]) -> Quantizer:
@@ -47,7 +49,7 @@ def make(name: str, shape: Sequence[int]) -> Quantizer:
             if isinstance(part, Codebook) and part.assignable:
                 part.assign(torch.randn(part.num_codes, part.dim))
     # commits have steps of their own, in none of these times
-    quantizer.follow(torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 0.1))
+    quantizer.follow(NEVER)
     return quantizer
 
 

@@ -113,7 +113,7 @@ def test_modules(name):
     torch._dynamo.reset()
     upkeep = [LatentMeans(1, latents_per_code=1)] if METHODS[name].warm_up else []
     if METHODS[name].replace or name == "ste":
-        upkeep.append(ImportanceReplacement(TwoPhase(9, 2)))
+        upkeep.append(ImportanceReplacement(TwoPhase(9, 2, stop_before=0)))
     quantizer = build(name, dim=6, num_codes=8, channel_dim=1, upkeep=upkeep).to(DEVICE)
     optimizer = torch.optim.Adam([*quantizer.parameters(), torch.nn.Parameter(torch.zeros(()))])
     quantizer.follow(optimizer)

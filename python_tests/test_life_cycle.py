@@ -1,6 +1,7 @@
 """Who commits, and when: copies, several optimizers, interrupted runs, and several processes."""
 
 import copy
+import gc
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from vqkernels.nn import (
     LatentMeans,
     LeastRecentlyUsed,
     RepeatedKMeans,
+    Residual,
     TwoPhase,
     VectorQuantizer,
     build,
@@ -45,6 +47,30 @@ def moves(quantizer, optimizer=None):
         if optimizer is not None:
             optimizer.step()
     return not torch.equal(before, quantizer.export())
+
+
+def test_an_optimizer_that_is_gone_does_not_stop_commits_without_a_word():
+    quantizer = ema()
+    quantizer.follow(optimizer_of_nothing())
+    gc.collect()
+    with pytest.raises(RuntimeError, match="followed optimizer must be alive to commit; got one that was"):
+        quantizer(torch.randn(5, D, device=DEVICE))
+    other = optimizer_of_nothing()
+    quantizer.follow(other)
+    assert moves(quantizer, other)
+
+
+def test_parts_follow_nobody():
+    """The whole commits its parts; an optimizer that a part followed would never reset a moment."""
+    part, optimizer = ema(), optimizer_of_nothing()
+    whole = Residual([part, ema()])
+    with pytest.raises(ValueError, match=r"got a part of a Residual\. Call follow of the Residual"):
+        part.follow(optimizer)
+    whole.follow(optimizer)
+    follows = ema()
+    follows.follow(optimizer)
+    with pytest.raises(ValueError, match="stages must follow no optimizer; got one that does"):
+        Residual([follows])
 
 
 def test_a_copy_follows_nobody_until_told(tmp_path):

@@ -124,3 +124,40 @@ def test_two_processes_equal_one():
             assert (first == second).all(), (name, key)
             # sums in another order; the general form divides what that changes by its displacement, 0.01
             torch.testing.assert_close(torch.tensor(first), torch.tensor(value), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_evaluation_mode_is_refused(name):
+    """There the quantizer has no loss and passes no gradient to the encoder: a step would train half a model."""
+    model = vqvae()
+    procedure = PROCEDURES[name](model, F.mse_loss, **adam(model))
+    model.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"model must be in training mode to step; .* Call model\.train\(\)"
+    ):
+        procedure.step(torch.rand(2, 3, 8, 8, device=DEVICE))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_codes_alone_can_be_trained(name):
+    model = vqvae()
+    model.encoder.requires_grad_(False)
+    model.decoder.requires_grad_(False)
+    codes, rest = split_parameters(model)
+    assert not rest
+    pair = {
+        "codebook_optimizer": torch.optim.SGD(codes, 0.1),
+        "model_optimizer": torch.optim.SGD([torch.zeros(1, device=DEVICE)], 0.1),
+    }
+    before = model.quantizer.export()
+    PROCEDURES[name](model, F.mse_loss, **pair).step(torch.rand(2, 3, 8, 8, device=DEVICE))
+    assert not torch.equal(before, model.quantizer.export())
+
+
+def test_a_model_without_its_parts_is_refused():
+    with pytest.raises(
+        TypeError, match="split_parameters: model must have a Module as its encoder; got none"
+    ):
+        split_parameters(torch.nn.Linear(2, 2))

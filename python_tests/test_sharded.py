@@ -166,3 +166,11 @@ def test_a_single_process_is_a_vector_quantizer():
 def test_what_cannot_be_sharded(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_no_rows():
+    """An empty batch has no code to cross to, and no gradient."""
+    quantizer = ShardedVectorQuantizer(Codebook(4, 3), STE())
+    z, indices, loss = quantizer(torch.zeros(0, 3, requires_grad=True))
+    (z.sum() + loss).backward()
+    assert z.shape == (0, 3) and indices.shape == (0, 1) and not quantizer.codebook.weight.grad.any()

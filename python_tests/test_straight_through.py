@@ -380,3 +380,15 @@ def test_errors(change, error, words):
     given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     with pytest.raises(error, match=rf"straight_through: {words}"):
         straight_through(given.pop("x"), given.pop("codebook"), given.pop("indices"), **given)
+
+
+def test_codes_that_nothing_reaches_have_no_gradient():
+    """None and not zeros: an optimizer would step on zeros, with its momentum and weight decay."""
+    x, codes = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    indices = torch.tensor([0, 1, 2, 3, 0])
+    z, loss = straight_through(x, codes, indices)
+    assert torch.autograd.grad(z.sum(), codes, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(loss, codes)[0].any()
+    z, loss = straight_through(x, codes, indices, codebook_weight=0, sync=0.5)
+    assert torch.autograd.grad(loss, codes, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(z.sum(), codes)[0].any()

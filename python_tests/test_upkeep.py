@@ -220,8 +220,31 @@ def test_nothing_is_kept_alive_before_the_codes_have_started():
 
 
 def test_defaults_are_those_of_the_paper():
-    assert ImportanceReplacement(TwoPhase(10)).threshold == 0.01
-    assert ImportanceReplacement(TwoPhase(10)).noise == 1e-3
+    assert ImportanceReplacement(TwoPhase(5000)).threshold == 0.01
+    assert ImportanceReplacement(TwoPhase(5000)).noise == 1e-3
+
+
+def test_codes_of_equal_use_live_however_many_rows_there_are():
+    """A mean of more rows than float32 has digits: nobody is below it."""
+    quantizer = build("ste", dim=2, num_codes=3, upkeep=[replacing(threshold=1)]).to(DEVICE)
+    quantizer.upkeep[0].counts.fill_(2**24 + 1)
+    before = quantizer.export()
+    for _ in range(2):
+        quantizer.commit()
+    assert torch.equal(quantizer.export(), before)
+
+
+def test_moments_with_one_number_per_code_are_reset_too():
+    quantizer = build("ste", dim=2, num_codes=4, upkeep=[replacing()]).to(DEVICE)
+    quantizer.codebook.assign(torch.tensor([[1.0, 0], [0, 1], [50, 50], [-50, 50]], device=DEVICE))
+    optimizer = torch.optim.Adafactor(quantizer.parameters(), 1e-3)
+    quantizer.follow(optimizer)
+    x = torch.tensor([[2.0, 0], [0, 2]], device=DEVICE).repeat(20, 1).requires_grad_()
+    train(quantizer, optimizer, [x])
+    moment = optimizer.state[quantizer.codebook.weight]["row_var"]
+    moment.fill_(7)
+    train(quantizer, optimizer, [x])
+    assert moment[:2].all() and not moment[2:].any()
 
 
 def test_replacement_resets_moments():

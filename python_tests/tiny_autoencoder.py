@@ -1,5 +1,6 @@
 """An autoencoder small enough to differentiate by hand, in float64, and a codebook that a net generates."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -109,10 +110,13 @@ def exact_indirect(model, x, xi):
         with torch.no_grad():
             for p, value in zip(phi + theta, start, strict=True):
                 p.copy_(value)
-    code = quantizer.codes()[indices]
+    # plain functions, which autograd derives twice
+    scaled = partial(F.normalize, dim=-1) if quantizer.metric == "cosine" else torch.Tensor.clone
+    into = torch.Tensor.clone if quantizer.project_in is None else quantizer.project_in
+    code = scaled(quantizer.codebook.codes())[indices]
     open_loss = (
         quantizer.estimator.codebook_weight
-        * (quantizer.inside(model.encoder(x).movedim(quantizer.channel_dim, -1)) - code).square().mean()
+        * (scaled(into(model.encoder(x).movedim(quantizer.channel_dim, -1))) - code).square().mean()
     )
     slope = torch.autograd.grad(open_loss, phi, create_graph=True, allow_unused=True)
     along = sum((s * d).sum() for s, d in zip(slope, v, strict=True) if s is not None)

@@ -44,6 +44,8 @@ from vqkernels.nn.quantizers.base import Quantized as Quantized
 from vqkernels.nn.quantizers.base import Quantizer as Quantizer
 from vqkernels.nn.quantizers.product import Product as Product
 from vqkernels.nn.quantizers.residual import Residual as Residual
+from vqkernels.nn.quantizers.sharded import ShardedVectorQuantizer as ShardedVectorQuantizer
+from vqkernels.nn.quantizers.sharded import ignore_shards as ignore_shards
 from vqkernels.nn.quantizers.vector import VectorQuantizer as VectorQuantizer
 from vqkernels.nn.upkeep import Every as Every
 from vqkernels.nn.upkeep import ImportanceReplacement as ImportanceReplacement

@@ -45,6 +45,7 @@ def build(
     method = METHODS[check_choice("build", "name", name, tuple(METHODS))]
     check_count("build", "dim", dim, minimum=1)
     check_count("build", "num_codes", num_codes, minimum=1)
+    upkeep = check_upkeep("build", upkeep)
     if noise_std is not None and not method.noisy:
         requirement = f"be None for {name!r}, which has none"
         refuse(ValueError, "build", "noise_std", requirement, noise_std, "Leave it out")
@@ -63,5 +64,5 @@ def build(
     codebook = Codebook(num_codes, dim) if method.codebook is None else method.codebook(spec)
     options = {} if method.options is None else method.options(spec)
     return VectorQuantizer(
-        codebook, cast("Callable", method.estimator)(spec), list(upkeep), channel_dim=channel_dim, **options
+        codebook, cast("Callable", method.estimator)(spec), upkeep, channel_dim=channel_dim, **options
     )

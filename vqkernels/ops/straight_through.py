@@ -179,14 +179,15 @@ class _StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_loss, _):
         x, codebook, indices, scale = ctx.saved_tensors
+        need_x, need_codebook, *_ = ctx.needs_input_grad
+        _, _, codebook_weight, sync = ctx.options
+        # None and not zeros where nothing arrives: an optimizer would step on zeros
+        arrives = (grad is not None and sync > 0) or (grad_loss is not None and codebook_weight > 0)
+        need_codebook = need_codebook and arrives
         if grad is None:
             # a view of one number: nothing as large as x
             grad = x.new_zeros(()).expand(x.shape)
         pull = scale.new_zeros(()) if grad_loss is None else 2 * grad_loss * scale
-        need_x, need_codebook, *_ = ctx.needs_input_grad
-        # without its share of dL/dz a code has a gradient from the loss alone: where that has none, neither has the code
-        *_, sync = ctx.options
-        need_codebook = need_codebook and (grad_loss is not None or sync != 0)
         arguments = (grad, pull, x, codebook, indices, *ctx.options, need_x, need_codebook)
         grad_x, grad_codebook = straight_through_backward_op(*arguments, backend=ctx.backend)
         return (

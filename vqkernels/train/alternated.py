@@ -71,6 +71,7 @@ class Alternated(Procedure):
         self.split = check_flag("Alternated", "split", split)
 
     def step(self, batch: Tensor, target: Tensor | None = None) -> AlternatedStep:
+        self._check_training()
         chain = self._chain
         latents = chain.encoder(batch)
         started = chain.quantizer.initialized

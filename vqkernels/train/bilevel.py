@@ -109,6 +109,7 @@ class MetaQuantization(Procedure):
         return None
 
     def step(self, batch: Tensor, target: Tensor | None = None) -> MetaStep:
+        self._check_training()
         if not self.model.quantizer.initialized:
             return self._warm_up(batch, target)
         direct, indirect = self.hypergradients(batch, target)
@@ -148,7 +149,7 @@ class MetaQuantization(Procedure):
         if xi == 0:
             losses = self._probe(here, batch, target)
             self._checked(losses)
-            return gradients_of(self._of_codes(losses), self._psi), {}
+            return gradients_of(self._losses_of_codes(losses), self._psi), {}
         losses = self._probe({}, batch, target)
         indices = losses.quantized.indices
         self._checked(losses)
@@ -199,7 +200,8 @@ class MetaQuantization(Procedure):
             there = here | {n: here[n] + sign * eps * v for n, v in direction.items()}
             # a difference of nearby gradients needs all their digits
             with torch.autocast(batch.device.type, enabled=False):
-                sides.append(gradients_of(self._of_codes(self._probe(there, batch, target)), self._psi))
+                losses = self._probe(there, batch, target)
+                sides.append(gradients_of(self._losses_of_codes(losses), self._psi))
         up, down = sides
         return {n: (up[n] - down[n]) / (2 * eps) for n in up}
 
@@ -210,12 +212,6 @@ class MetaQuantization(Procedure):
         with self._same_draws(), chain.quantizer.unobserved():
             quantized, outputs = functional_call(chain, parameters | buffers, (batch,))
             return self._judged(quantized, outputs, batch if target is None else target)
-
-    def _of_codes(self, losses: Losses) -> Tensor:
-        """What psi has a gradient of: the quantizer's loss alone where the task's does not reach the codes."""
-        quantizer = self.model.quantizer
-        alone = isinstance(quantizer, VectorQuantizer) and not quantizer.estimator.reaches_codes
-        return losses.quantized.loss if alone and losses.quantized.loss.requires_grad else losses.total
 
     @contextmanager
     def _same_draws(self) -> Iterator[None]:
@@ -248,11 +244,11 @@ class _Latents(nn.Module):
         self.quantizer, self.encoder = quantizer, encoder
 
     def forward(self, batch: Tensor) -> Tensor:
-        x = self.encoder(batch).movedim(self.quantizer.channel_dim, -1)
-        # in torch's own words, which forward derivatives know
-        if self.quantizer.project_in is not None:
-            x = self.quantizer.project_in(x)
-        return F.normalize(x, dim=-1) if self.quantizer.metric == "cosine" else x
+        # plain functions: those of the quantizer derive backwards alone
+        quantizer = self.quantizer
+        x = self.encoder(batch).movedim(quantizer.channel_dim, -1)
+        x = x if quantizer.project_in is None else quantizer.project_in(x)
+        return F.normalize(x, dim=-1) if quantizer.metric == "cosine" else x
 
 
 def _vector(gradients: Named, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqkernels.checks import refuse
-from vqkernels.nn import Codebook, Quantized, Quantizer
+from vqkernels.nn import Codebook, Estimator, Quantized, Quantizer
 from vqkernels.nn._random import all_sum, distributed
 from vqkernels.train.config import RunError
 
@@ -69,13 +69,27 @@ def split_parameters(model: Autoencoder) -> tuple[list[nn.Parameter], list[nn.Pa
 
     Returns:
         Those that codes are made of (psi of MQ), and all others (phi and theta).
+
+    Raises:
+        TypeError: the model lacks one of the three.
     """
+    check_model("split_parameters", model)
     codebooks = [part for part in model.quantizer.modules() if isinstance(part, Codebook)]
     # one codebook may serve several stages
     codes = list(dict.fromkeys(p for part in codebooks for p in part.parameters() if p.requires_grad))
     everything = [*model.encoder.parameters(), *model.quantizer.parameters(), *model.decoder.parameters()]
     taken = set(codes)
     return codes, list(dict.fromkeys(p for p in everything if p.requires_grad and p not in taken))
+
+
+def check_model(op: str, model: object) -> None:
+    """A model with an encoder, a quantizer and a decoder."""
+    for part, kind in (("encoder", nn.Module), ("quantizer", Quantizer), ("decoder", nn.Module)):
+        found = getattr(model, part, None)
+        if not isinstance(found, kind):
+            got = "none" if found is None else type(found).__name__
+            fix = "Pass one such as vqkernels.models.VQVAE"
+            refuse(TypeError, op, "model", f"have a {kind.__name__} as its {part}", got, fix)
 
 
 class Procedure:
@@ -91,6 +105,7 @@ class Procedure:
         model_optimizer: of the second.
 
     Raises:
+        TypeError: the model lacks one of the three.
         ValueError: the model has no codes that learn by gradient, or an optimizer holds other parameters.
     """
 
@@ -103,6 +118,7 @@ class Procedure:
         model_optimizer: torch.optim.Optimizer,
     ):
         op = type(self).__name__
+        check_model(op, model)
         codes, rest = split_parameters(model)
         if not codes:
             fix = "Train it by the gradient of its one loss"
@@ -140,8 +156,14 @@ class Procedure:
 
         Raises:
             RunError: a loss is not finite; encoder and decoder are as before the step.
+            RuntimeError: the quantizer is in evaluation mode, where no gradient reaches the encoder.
         """
         raise NotImplementedError
+
+    def _check_training(self) -> None:
+        if not self.model.quantizer.training:
+            requirement, got = "be in training mode to step", "a quantizer in evaluation mode"
+            refuse(RuntimeError, type(self).__name__, "model", requirement, got, "Call model.train()")
 
     def _losses(self, batch: Tensor, target: Tensor | None) -> Losses:
         quantized, outputs = self._chain(batch)
@@ -153,6 +175,12 @@ class Procedure:
             got, fix = f"shape {tuple(task.shape)}", "Average it over the batch"
             refuse(ValueError, type(self).__name__, "task_loss", "return a 0-d tensor", got, fix)
         return Losses(quantized, task, task + quantized.loss)
+
+    def _losses_of_codes(self, losses: Losses) -> Tensor:
+        """The part of the total that depends on the codes, which spares a way back through the decoder."""
+        parts = [part for part in self.model.quantizer.modules() if isinstance(part, Estimator)]
+        alone = bool(parts) and not any(part.reaches_codes for part in parts)
+        return losses.quantized.loss if alone and losses.quantized.loss.requires_grad else losses.total
 
     def _checked(self, losses: Losses, others: Named | None = None) -> tuple[Tensor, Tensor]:
         """The total and the task's loss, means over ranks, after one wait for the device to see that they are finite."""
@@ -195,6 +223,7 @@ class Joint(Procedure):
     """
 
     def step(self, batch: Tensor, target: Tensor | None = None) -> Step:
+        self._check_training()
         losses = self._losses(batch, target)
         total, task = self._checked(losses)
         gradients = gradients_of(losses.total, self._parameters)
@@ -217,7 +246,8 @@ class _Chain(nn.Module):
 
 def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> Named:
     """Gradients of a 0-d loss, means over ranks; without the parameters that it does not depend on."""
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    # of a model that is frozen but for its codes there is nothing to ask
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
     return averaged(dict(zip(parameters, found, strict=True)))
 
 

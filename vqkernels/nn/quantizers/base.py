@@ -73,6 +73,8 @@ class Quantizer(nn.Module):
         self._observing = True
         self._hook: RemovableHandle | None = None
         self._optimizer: weakref.ref | None = None
+        # what kind of quantizer it is a part of
+        self._whole: str | None = None
 
     @property
     def num_codes(self) -> int:
@@ -230,6 +232,7 @@ class Quantizer(nn.Module):
         if _capturing(self._device()):
             self._check_capture()
         if self._followed:
+            self._check_followed()
             self._uncommitted = True
             return
         if torch.compiler.is_compiling():
@@ -241,6 +244,13 @@ class Quantizer(nn.Module):
         if self._uncommitted:
             self.commit()
         self._uncommitted = True
+
+    def _check_followed(self) -> None:
+        gone = self._optimizer is not None and not torch.compiler.is_compiling() and self._optimizer() is None
+        if gone and self.changes:
+            fix = "Keep it for as long as the training lasts, or follow another"
+            got = "one that was deleted"
+            refuse(RuntimeError, type(self).__name__, "followed optimizer", "be alive to commit", got, fix)
 
     def _device(self) -> torch.device:
         tensors = next(self.parameters(), None), next(self.buffers(), None)
@@ -290,9 +300,14 @@ class Quantizer(nn.Module):
 
         Raises:
             TypeError: it is no torch optimizer.
+            ValueError: this is a part of another quantizer, which commits it.
         """
-        fix = "Pass the torch optimizer itself"
-        check_kind(type(self).__name__, "optimizer", optimizer, torch.optim.Optimizer, fix)
+        name = type(self).__name__
+        check_kind(name, "optimizer", optimizer, torch.optim.Optimizer, "Pass the torch optimizer itself")
+        if self._whole is not None:
+            requirement = "be followed by the outermost quantizer alone"
+            fix = f"Call follow of the {self._whole}"
+            refuse(ValueError, name, "optimizer", requirement, f"a part of a {self._whole}", fix)
         if self._optimizer is not None and self._optimizer() is optimizer:
             return
         if self._hook is not None:

@@ -65,11 +65,16 @@ class Combined(Quantizer):
             if child.channel_dim != -1:
                 fix = f"Pass channel_dim to {type(self).__name__} alone"
                 self._refuse(name, "have channel_dim -1", child.channel_dim, fix)
+            if child._followed:
+                fix = f"Call follow of the {type(self).__name__} instead"
+                self._refuse(name, "follow no optimizer", "one that does", fix)
             for module in child.modules():
                 if owner.setdefault(module, child) is not child:
                     requirement = "share nothing with each other unless they are one object"
                     fix = "Give the same quantizer several times"
                     self._refuse(name, requirement, f"two that share a {type(module).__name__}", fix)
+        for child in distinct:
+            child._whole = type(self).__name__
 
     def _joins(self) -> bool:
         """Whether children that can cross together do so by default."""
@@ -147,8 +152,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def check_quantizers(op: str, argument: str, children: object) -> list[Quantizer]:
     """A list of at least one quantizer."""
-    if not isinstance(children, Sequence) or not children:
-        refuse(ValueError, op, argument, "be a list of at least one quantizer", repr(children), "Pass some")
+    if not isinstance(children, Sequence):
+        requirement, got = "be a list of quantizers", type(children).__name__
+        refuse(TypeError, op, argument, requirement, got, f"Pass {op}([...])")
+    if not children:
+        refuse(ValueError, op, argument, "be a list of at least one quantizer", "an empty one", "Pass some")
     for child in children:
         if not isinstance(child, Quantizer):
             fix = "Pass such as VectorQuantizer(Codebook(...), DiVeQ())"
@@ -165,11 +173,13 @@ def evaluate_child(child: Quantizer, x: Tensor) -> tuple[Tensor, Tensor]:
     return child.decode(indices), indices
 
 
+# what every module has, and what a schedule of the host moves
+_NO_SETTINGS = frozenset({*Estimator().__dict__, "idle"})
+
+
 def settings(estimator: Estimator) -> tuple[type, dict[str, object]]:
     """What two estimators must have in common to be one."""
-    plain = {k: v for k, v in estimator.__dict__.items() if isinstance(v, (bool, int, float, str))}
-    # what a schedule of the host moves, and the mode of the module
-    return type(estimator), {k: v for k, v in plain.items() if k not in ("training", "idle")}
+    return type(estimator), {k: v for k, v in estimator.__dict__.items() if k not in _NO_SETTINGS}
 
 
 def why_not_joint(children: list[Quantizer]) -> str | None:

@@ -6,10 +6,11 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vqkernels.checks import check_below, refuse
+from vqkernels.checks import check_below, check_kind, refuse
 from vqkernels.nn._random import all_rows, all_sum, distributed
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Choice, Context, Estimator, gather, nearest
@@ -38,15 +39,16 @@ class ShardedVectorQuantizer(Quantizer):
     """
 
     def __init__(self, codebook: Codebook, estimator: Estimator, *, channel_dim: int = -1):
-        super().__init__(codebook.dim, channel_dim=channel_dim)
         name = type(self).__name__
         if type(codebook) is not Codebook:
             fix = "Pass a Codebook: statistics and generators are of whole codebooks"
             refuse(TypeError, name, "codebook", "be a plain learned one", type(codebook).__name__, fix)
+        check_kind(name, "estimator", estimator, Estimator, "Pass such as STE()")
         if type(estimator).choose is not Estimator.choose or type(estimator).encode is not Estimator.encode:
             got = type(estimator).__name__
             fix = "Pass one such as STE or DiVeQ, whose rows take their nearest code"
             refuse(ValueError, name, "estimator", "search single codes", got, fix)
+        super().__init__(codebook.dim, channel_dim=channel_dim)
         estimator.check(codebook)
         self.codebook, self.estimator = codebook, estimator
         self.noisy = estimator.noisy
@@ -67,8 +69,11 @@ class ShardedVectorQuantizer(Quantizer):
         if context.mask is not None:
             indices = torch.where(context.mask, indices, -1)
         target = _Fetch.apply(self.codebook.codes(), indices).reshape(-1, self.dim)
+        if not len(target):
+            # no codebook is empty
+            target = F.pad(target, (0, 0, 0, 1))
         # each row has its own code now
-        own = torch.arange(len(target), device=x.device).view(indices.shape)
+        own = torch.arange(indices.numel(), device=x.device).view(indices.shape)
         own = torch.where(indices >= 0, own, -1)
         estimate = self.estimator.cross(x, target, Choice(own), context)
         return Quantized(estimate.z, indices[..., None], estimate.loss)

@@ -52,7 +52,7 @@ class VectorQuantizer(Quantizer):
         name = "VectorQuantizer"
         check_kind(name, "codebook", codebook, Codebook, "Pass such as Codebook(num_codes, dim)")
         check_kind(name, "estimator", estimator, Estimator, "Pass such as STE()")
-        check_upkeep(name, upkeep)
+        upkeep = check_upkeep(name, upkeep)
         super().__init__(
             codebook.dim if dim is None else check_count(name, "dim", dim, minimum=1), channel_dim=channel_dim
         )
@@ -235,5 +235,6 @@ class VectorQuantizer(Quantizer):
 def _reset_moments(optimizer: torch.optim.Optimizer, codebook: Codebook, rows: Tensor) -> None:
     for parameter in codebook.row_parameters():
         for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0:
+            # a moment has a row for each code, be it as wide or, as of Adafactor, one number
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(rows):
                 value.masked_fill_(rows.view(-1, *[1] * (value.dim() - 1)), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -130,14 +131,16 @@ class Upkeep(nn.Module):
         self.ready, self.started = bool(state[0]), bool(state[1])
 
 
-def check_upkeep(op: str, upkeep: object) -> None:
-    """A sequence of upkeep.
+def check_upkeep(op: str, upkeep: object) -> list[Upkeep]:
+    """A list of upkeep, maybe empty.
 
     Raises:
-        TypeError: it is not.
+        TypeError: it is something else, or holds something else.
     """
     if not isinstance(upkeep, (Sequence, nn.ModuleList)) or isinstance(upkeep, str):
-        fix = "Pass a list, such as [KMeansInit()]"
-        refuse(TypeError, op, "upkeep", "be a sequence", type(upkeep).__name__, fix)
+        refuse(TypeError, op, "upkeep", "be a list", type(upkeep).__name__, "Pass such as [KMeansInit()]")
+    found = []
     for part in upkeep:
         check_kind(op, "upkeep", part, Upkeep, "Pass such as [KMeansInit()]")
+        found.append(cast(Upkeep, part))
+    return found

@@ -54,7 +54,8 @@ class ImportanceReplacement(Upkeep):
         counts = self.counts
         codes = codebook.codes()
         k, d = codes.shape
-        dead = counts < self.threshold * counts.sum() / k
+        # in float64, which holds counts exactly: a rounded mean would call codes of mean use dead
+        dead = counts.double() < self.threshold * counts.sum().double() / k
         # cumulative use of the others: a code is drawn where a uniform number falls into its share
         share = torch.where(dead, 0, counts).cumsum(0)
         words = philox.words(

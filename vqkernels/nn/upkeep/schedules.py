@@ -63,6 +63,9 @@ class TwoPhase:
         until: last step of the first phase.
         then: period after it.
         stop_before: nothing happens in this many last steps.
+
+    Raises:
+        TypeError, ValueError: a number is not an int of its range, or `stop_before` leaves no step.
     """
 
     total_steps: int
@@ -76,6 +79,10 @@ class TwoPhase:
             check_count("TwoPhase", name, getattr(self, name), minimum=1)
         for name in ("until", "stop_before"):
             check_count("TwoPhase", name, getattr(self, name))
+        if self.stop_before >= self.total_steps:
+            requirement = f"be more than stop_before, {self.stop_before}, or nothing ever happens"
+            fix = f"Call TwoPhase.scaled({self.total_steps}) for a short training"
+            refuse(ValueError, "TwoPhase", "total_steps", requirement, self.total_steps, fix)
 
     @classmethod
     def scaled(cls, total_steps: int) -> TwoPhase:
