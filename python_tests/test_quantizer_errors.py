@@ -1,5 +1,7 @@
 """Bad input to quantizers: every message names the class, the argument, the value and a fix."""
 
+import math
+
 import pytest
 import torch
 from messages import check
