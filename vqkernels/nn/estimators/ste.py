@@ -50,6 +50,7 @@ class STE(Estimator):
     def cross(self, x: Tensor, codes: Tensor, choice: Choice, context: Context) -> Estimate:
         # a latent of G groups has G rows
         groups = x.shape[-2] if codes.dim() == 3 else 1
+        learned = codes.requires_grad if context.learned is None else context.learned
         codes, indices = flat(codes, choice.indices)
         z, loss = straight_through(
             x,
@@ -57,7 +58,7 @@ class STE(Estimator):
             indices,
             rotation=self.rotation,
             commitment=self.commitment_weight,
-            codebook_weight=self.codebook_weight if codes.requires_grad else 0.0,
+            codebook_weight=self.codebook_weight if learned else 0.0,
             sync=self.sync,
             mean_rows=None if context.mean_rows is None else groups * context.mean_rows,
         )

@@ -147,7 +147,7 @@ class VectorQuantizer(Quantizer):
         if self.warming:
             return self._warm_up(x, y, context)
         self.start_codes(y, context)
-        estimate = self.estimator(y, self.codes(), context)
+        estimate = self.estimator(y, self.codes(), context._replace(learned=self.codebook.learned))
         self.observe(y, estimate.indices)
         z = estimate.z.to(x.dtype)
         if self.project_out is not None:
