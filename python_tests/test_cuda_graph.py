@@ -293,7 +293,7 @@ ALLOWED = {
     ("nn/metrics.py", "check_data_range"),
     ("nn/quantizers/base.py", "Quantizer.get_extra_state"),
     ("nn/quantizers/base.py", "Quantizer.set_extra_state"),
-    ("nn/quantizers/fsq.py", "FSQ.extra_repr"),
+    ("nn/quantizers/fsq.py", "FSQ.constants"),
     ("nn/upkeep/base.py", "UpkeepReport.to_dict"),
     ("nn/upkeep/base.py", "Upkeep.get_extra_state"),
     ("nn/upkeep/base.py", "Upkeep.set_extra_state"),

@@ -71,7 +71,9 @@ def check_equal(found, expected, **close):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if close and value.is_floating_point():
-            torch.testing.assert_close(found[key], value, msg=lambda words, key=key: f"{key}: {words}", **close)
+            torch.testing.assert_close(
+                found[key], value, msg=lambda words, key=key: f"{key}: {words}", **close
+            )
         else:
             assert torch.equal(found[key], value), key
 
@@ -131,3 +133,125 @@ def test_activation_checkpointing(name, reentrant):
             seen |= {f"{number} {key}": v for key, v in step(quantizer, optimizer, x, run).items()}
         results.append(seen | state(quantizer))
     check_equal(results[1], results[0])
+
+
+@EVERY
+def test_autocast(name):
+    """Latents of a half-precision encoder: z is half, and codes, statistics, gradients and the search are not."""
+    quantizer, encoder = make(name), nn.Linear(4, D).to(DEVICE)
+    optimizer = optimizer_of(quantizer, encoder)
+    quantizer.follow(optimizer)
+    dtypes = {key: value.dtype for key, value in quantizer.state_dict().items()}
+    for _ in range(3):
+        x = torch.randn(N, 4, device=DEVICE)
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            latents = encoder(x)
+            z, _, loss = quantizer(latents)
+        assert latents.dtype == torch.bfloat16 == z.dtype and loss.dtype == torch.float32
+        backward(z, loss)
+        for key, parameter in [*quantizer.named_parameters(), *encoder.named_parameters()]:
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), key
+            assert parameter.grad.any(), key
+        optimizer.step()
+    for key, value in quantizer.state_dict().items():
+        assert value.dtype == dtypes[key] != torch.bfloat16 and value.isfinite().all(), key
+    quantizer.eval()
+    with torch.autocast(DEVICE.type, torch.bfloat16), torch.no_grad():
+        z, indices, _ = quantizer(latents)
+        if isinstance(quantizer, VectorQuantizer):
+            codes = quantizer.codes()
+            expected, _ = brute_force(quantizer.inside(latents), codes)
+            assert codes.dtype == torch.float32 and torch.equal(indices[:, 0], expected)
+    # codes are decoded alike in the region and outside
+    assert z.dtype == torch.bfloat16 and torch.equal(quantizer.decode(indices).to(z.dtype), z)
+
+
+def continued(quantizer):
+    """What two more steps give, and the state they leave."""
+    optimizer = torch.optim.SGD([*quantizer.parameters(), nn.Parameter(torch.zeros(()))], 1e-2)
+    quantizer.follow(optimizer)
+    generator, seen = torch.Generator().manual_seed(3), {}
+    for number in range(3):
+        x = torch.randn(N, D, generator=generator).to(DEVICE)
+        seen |= {f"{number} {key}": value for key, value in step(quantizer, optimizer, x).items()}
+    return seen | state(quantizer)
+
+
+def begun(name):
+    """A quantizer in the middle of a warm-up, where its method takes one, with a forward that waits for its commit."""
+    warm_up = 2 if METHODS[name].upkeep else 0
+    quantizer = make(name, warm_up=warm_up)
+    continued_by = torch.optim.SGD([*quantizer.parameters(), nn.Parameter(torch.zeros(()))], 1e-2)
+    quantizer.follow(continued_by)
+    step(quantizer, continued_by, torch.randn(N, D, device=DEVICE))
+    quantizer(torch.randn(N, D, device=DEVICE))
+    assert quantizer.initialized == (not warm_up) and quantizer.uncommitted
+    return quantizer
+
+
+@EVERY
+def test_copies_continue_alike(name):
+    """In the middle of a warm-up: a deep copy, a pickle and a fresh module with the same state."""
+    first = begun(name)
+    stored, fresh = io.BytesIO(), make(name, warm_up=2 if METHODS[name].upkeep else 0)
+    torch.save(first, stored)
+    stored.seek(0)
+    with torch.device("meta"):
+        nowhere = make_anew(name)
+    nowhere = nowhere.to_empty(device=DEVICE)
+    copies = [copy.deepcopy(first), torch.load(stored, weights_only=False), fresh, nowhere]
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.fill_(7)
+    for other in copies[2:]:
+        other.load_state_dict(first.state_dict())
+    expected = continued(first)
+    for other in copies:
+        check_equal(continued(other), expected)
+    assert first.initialized and torch.equal(first.eval().export(), copies[-1].eval().export())
+
+
+def make_anew(name):
+    """As of `make` with a warm-up, and no code assigned."""
+    method, upkeep = METHODS[name], []
+    if method.upkeep:
+        upkeep.append(LatentMeans(2, latents_per_code=2))
+        if not method.segments:
+            upkeep.append(ImportanceReplacement(TwoPhase(99, 2, stop_before=0), threshold=0.5))
+    return build(name, dim=D, num_codes=K, upkeep=upkeep)
+
+
+@EVERY
+def test_moved_to_another_dtype_and_back(name):
+    """Wider and back changes no bit; a module of half codes trains, with statistics that are not half."""
+    first = begun(name)
+    before = state(first)
+    first.double()
+    assert first.export().dtype == torch.float64
+    check_equal(state(first.float()), before)
+    half = make(name).to(torch.bfloat16)
+    optimizer = optimizer_of(half)
+    half.follow(optimizer)
+    for _ in range(2):
+        found = step(half, optimizer, torch.randn(N, D, device=DEVICE).bfloat16())
+        assert found["z"].dtype == torch.bfloat16 and all(value.isfinite().all() for value in found.values())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
+    for key, value in half.state_dict().items():
+        assert value.isfinite().all()
+        if key.rpartition(".")[2] in ("mass", "sums", "mean_x", "var_x", "mean_c", "var_c"):
+            assert value.dtype in (torch.float32, torch.float64), key
+
+
+@EVERY
+def test_a_step_looks_at_no_value(name):
+    """Tensors of the meta device have none: whatever asks for one, as a host sync does, raises."""
+    quantizer = make(name).to("meta")
+    mask = torch.ones(4, 5, dtype=torch.bool, device="meta")
+    for given in (None, mask):
+        x = torch.randn(4, 5, D, device="meta", requires_grad=True)
+        z, indices, loss = quantizer(x, given)
+        backward(z, loss)
+        quantizer.commit()
+        assert z.shape == x.shape == x.grad.shape and indices.dtype == torch.int64
+    assert quantizer.eval()(x, mask).indices.shape == (4, 5, quantizer.codes_per_latent)
