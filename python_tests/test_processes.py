@@ -5,6 +5,7 @@ import torch
 from processes import two_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from vqkernels.nn import METHODS, Codebook, ImportanceReplacement, LatentMeans, TwoPhase, build
 from vqkernels.testing import DEVICE
@@ -14,13 +15,20 @@ B, T, FEATURES, D, K, STEPS = 8, 6, 4, 6, 16, 3
 TOLERANCE = B * T * D * STEPS * torch.finfo(torch.float64).eps
 # row 2 of example 5, which is on the second rank
 BAD = (5, 2)
+# buffers that the wrapper copies from the first rank, or leaves alone, and latents that are quantized again
+WAYS = {
+    "copied": {"broadcast_buffers": True},
+    "own": {"broadcast_buffers": False},
+    "recomputed": {"broadcast_buffers": False, "recompute": True},
+}
 
 
 class Model(nn.Module):
-    """A small encoder and decoder around a quantizer."""
+    """A small encoder and decoder around a quantizer, which activation checkpointing can run again."""
 
-    def __init__(self, name):
+    def __init__(self, name, recompute):
         super().__init__()
+        self.recompute = recompute
         method = METHODS[name]
         upkeep = [LatentMeans(1, latents_per_code=2)] if method.warm_up else []
         if method.upkeep and not method.segments:
@@ -34,7 +42,10 @@ class Model(nn.Module):
     def forward(self, x, mask, bad):
         # a latent that is not finite, made where no gradient flows back to the encoder
         latents = torch.where(bad[..., None], torch.nan, self.encoder(x))
-        z, indices, loss = self.quantizer(latents, mask)
+        if self.recompute:
+            z, indices, loss = checkpoint(self.quantizer, latents, mask, use_reentrant=False)
+        else:
+            z, indices, loss = self.quantizer(latents, mask)
         return self.decoder(torch.where((mask & ~bad)[..., None], z, 0)), z, indices, loss
 
 
@@ -50,10 +61,10 @@ def batches():
     return made
 
 
-def train(name, rank=0, world=1, **options):
+def train(name, rank=0, world=1, *, recompute=False, **options):
     """Three steps of one method on this rank's share of the examples, and all that could differ after them."""
     torch.manual_seed(3)
-    model = Model(name).double()
+    model = Model(name, recompute).double()
     whole = DistributedDataParallel(model, **options) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     model.quantizer.follow(optimizer)
@@ -81,12 +92,8 @@ def train(name, rank=0, world=1, **options):
 
 
 def on_rank(rank):
-    """Every method, with buffers that the wrapper copies from the first rank, and with those it leaves alone."""
-    return {
-        (name, copied): train(name, rank, 2, broadcast_buffers=copied)
-        for name in METHODS
-        for copied in (False, True)
-    }
+    """Every method in every way of the wrapper."""
+    return {(name, way): train(name, rank, 2, **WAYS[way]) for name in METHODS for way in WAYS}
 
 
 def close(found, expected, what):
@@ -101,15 +108,18 @@ def test_two_processes_equal_one():
     found = two_processes(on_rank)
     for name in METHODS:
         expected = train(name)
-        for copied in (False, True):
-            first, second = (found[rank][name, copied] for rank in range(2))
+        for way in WAYS:
+            first, second = (found[rank][name, way] for rank in range(2))
             for kind in ("state", "waiting", "gradients"):
                 for key, value in expected[kind].items():
-                    assert torch.equal(first[kind][key], second[kind][key]), (name, kind, key)
-                    close(first[kind][key], value, (name, kind, key))
-            close((first["losses"] + second["losses"]) / 2, expected["losses"], (name, "losses"))
-            close(torch.cat((first["z"], second["z"])), expected["z"], (name, "z"))
-            assert torch.equal(torch.cat((first["indices"], second["indices"])), expected["indices"]), name
+                    assert torch.equal(first[kind][key], second[kind][key]), (name, way, kind, key)
+                    close(first[kind][key], value, (name, way, kind, key))
+            close((first["losses"] + second["losses"]) / 2, expected["losses"], (name, way, "losses"))
+            close(torch.cat((first["z"], second["z"])), expected["z"], (name, way, "z"))
+            assert torch.equal(torch.cat((first["indices"], second["indices"])), expected["indices"]), (
+                name,
+                way,
+            )
         # the comparison is one of codes that were trained, and of replacement where there is some
         assert expected["z"][BAD].isnan().all() and (expected["indices"][~batches()[-1][1]] == -1).all()
         for key, value in expected["state"].items():
