@@ -179,3 +179,16 @@ def test_replacement_works_through_the_map(method):
     # five standard deviations of the noise
     assert (distance <= 5 * 1e-3 * rms * D**0.5).all()
     assert [p is quantizer.codebook.weight for p in quantizer.codebook.row_parameters()] == [True]
+
+
+def test_running_moments_in_float64():
+    """A momentum that float32 cannot hold is used as it was given."""
+    codebook = AffineEMACodebook(8, 3, momentum=0.3).to(DEVICE).double()
+    first, second = (torch.randn(50, 3, device=DEVICE).double() + shift for shift in (5, -5))
+    indices = torch.zeros(50, dtype=torch.int64, device=DEVICE)
+    for x in (first, second):
+        codebook.observe(x, indices)
+        codebook.commit()
+    expected = 0.3 * second.mean(0) + 0.7 * first.mean(0)
+    # sums of 50 numbers of size 10
+    assert ((codebook.mean_x - expected).abs() <= 50 * 2.0**-52 * 10).all()

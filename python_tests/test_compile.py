@@ -66,6 +66,8 @@ def samples(layout):
             )
         ],
         "code_sums": [(x, indices, 9)],
+        "unit_rows": [(x,)],
+        "unit_rows_backward": [(torch.randn_like(x), x, x.norm(dim=2, keepdim=True))],
         "philox": [(seed, 6, 3, 1, 2**33)],
         "gumbel_code": [(x, codes, seed, tau, 4)],
         "gumbel_code_backward": [

@@ -10,6 +10,7 @@ import torch
 import vqkernels as vq
 from vqkernels import BackendError
 from vqkernels.nn import (
+    RPQ,
     STE,
     DiVeQ,
     EMACodebook,
@@ -36,6 +37,63 @@ def reference_alone(name):
 
 
 CASES = {
+    "no codebook": (
+        lambda: VectorQuantizer(None, STE()),
+        TypeError,
+        r"codebook must be a Codebook; got NoneType\. Pass such as Codebook",
+    ),
+    "a class in place of an estimator": (
+        lambda: VectorQuantizer(Codebook(5, 4), STE),
+        TypeError,
+        r"estimator must be an Estimator; got the class STE\. Pass such as STE",
+    ),
+    "upkeep without a list": (
+        lambda: build("ste", dim=4, num_codes=5, upkeep=LatentMeans(2)),
+        TypeError,
+        r"build: upkeep must be a sequence; got LatentMeans\. Pass a list",
+    ),
+    "a word in place of upkeep": (
+        lambda: VectorQuantizer(Codebook(5, 4), STE(), ["importance"]),
+        TypeError,
+        r"upkeep must be an Upkeep; got str",
+    ),
+    "a wrapper in place of an optimizer": (
+        lambda: build("ste", dim=4, num_codes=5).follow(torch.nn.Linear(2, 2)),
+        TypeError,
+        r"VectorQuantizer: optimizer must be an Optimizer; got Linear",
+    ),
+    "channel_dim of RPQ": (
+        lambda: RPQ(4, 5, channel_dim=1.0),
+        TypeError,
+        r"RPQ: channel_dim must be an int; got 1\.0",
+    ),
+    "decode a list": (
+        lambda: build("ste", dim=4, num_codes=5).decode([[0]]),
+        TypeError,
+        r"decode: indices must be a tensor; got list",
+    ),
+    "decode what is no code": (
+        lambda: build("ste", dim=4, num_codes=5).decode(torch.tensor([[5]])),
+        ValueError,
+        r"decode: indices must be below 5; got 5",
+    ),
+    "decode what is no point of a large grid": (
+        lambda: build("lfq", dim=4, num_codes=2**20).decode(torch.tensor([[2**20]])),
+        ValueError,
+        r"decode: indices must be below 1048576; got 1048576",
+    ),
+    "decode a code of another group": (
+        lambda: build("product", dim=4, num_codes=5).decode(torch.tensor([[5, 0]])),
+        ValueError,
+        r"decode: indices must be below 5; got 5",
+    ),
+    "decode a level that is none": (
+        lambda: VectorQuantizer(Codebook(5, 4), SFDiVeQ(evaluation="segment", bits=2)).decode(
+            torch.tensor([[0, 4]])
+        ),
+        ValueError,
+        r"decode: indices\[\.\.\., 1\] must be below 4; got 4",
+    ),
     "wrong rank of the codebook": (
         lambda: vq.nearest_code(X, C[0]),
         ValueError,

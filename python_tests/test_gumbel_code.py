@@ -180,6 +180,13 @@ def test_cold():
     assert ((grad_codes - hard).abs() <= size + 50 * 2.2e-16 * grad.norm(dim=1).sum()).all()
 
 
+def test_below_the_range_of_float32():
+    x, codes = clusters(50, 9, 10)
+    grad, none = torch.randn(50, 10, device=DEVICE), torch.zeros(50, device=DEVICE)
+    _, grad_x, grad_codes = differentiate(x, codes, grad, none, temperature=1e-60)
+    assert grad_x.isfinite().all() and grad_codes.isfinite().all()
+
+
 def test_chunks_change_nothing(monkeypatch):
     x, codes = clusters(129, 40, 10, scale=0.3)
     grad, grad_kl = torch.randn(129, 10, device=DEVICE), torch.rand(129, device=DEVICE)

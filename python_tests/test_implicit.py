@@ -60,6 +60,15 @@ def test_levels_multiply_to_the_number_of_codes(k):
     assert build("fsq", dim=6, num_codes=k).num_codes == k
 
 
+@pytest.mark.parametrize("level", [1002, 1003, 65536])
+def test_fsq_of_many_levels_saturates_at_the_last(level):
+    quantizer = FSQ((level,)).to(DEVICE)
+    x = torch.tensor([[-100.0], [100.0]], device=DEVICE)
+    z, indices, _ = quantizer(x)
+    assert indices.flatten().tolist() == [0, level - 1]
+    assert torch.equal(quantizer.decode(indices), z)
+
+
 def test_more_codes_than_a_table_holds():
     """K = 2^40: indices are arithmetic, nothing of size K exists."""
     for quantizer in (build("lfq", dim=12, num_codes=2**40), FSQ((8,) * 13, dim=12)):
@@ -178,6 +187,11 @@ def test_rpq_equation(codebooks):
             "LFQ: num_codes must be a power of two above 1; got 12. Pass 8 or 16",
         ),
         (lambda: build("bsq", dim=3, num_codes=1), "BSQ: num_codes must be a power of two above 1; got 1"),
+        (lambda: FSQ((8,) * 30), "FSQ: levels must have a product of at most"),
+        (lambda: FSQ((65537,)), "FSQ: levels must be at most 65536; got 65537"),
+        # a prime, whose search for factors would take minutes
+        (lambda: build("fsq", dim=3, num_codes=2**61 - 1), "FSQ: num_codes must have no prime factor above"),
+        (lambda: LFQ(40).export(), "LFQ: num_codes must be at most .* to export a table"),
         (lambda: build("fsq", dim=3, num_codes=1), "FSQ: num_codes must be at least 2; got 1"),
         (lambda: RPQ(0, 3), "RPQ: dim must be at least 1; got 0"),
         (lambda: RPQ(4, 3)(torch.zeros(2, 3)), "RPQ: x must have 4 features in dimension -1; got shape"),

@@ -150,6 +150,36 @@ def test_rows_that_are_not_finite_or_masked(name):
     assert all(value.isfinite().all() for value in quantizer.state_dict().values())
 
 
+@pytest.mark.parametrize("name", ["cosine", "vqgan_fc", "bsq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_direction_no_gradient(name, dtype):
+    """A row or code of zeros is not an exploding gradient of x / |x|."""
+    quantizer = build(name, dim=3, num_codes=8).to(DEVICE)
+    if name != "bsq":
+        with torch.no_grad():
+            quantizer.codebook.weight[:7] = 0
+    x = torch.zeros(5, 3, device=DEVICE, dtype=dtype, requires_grad=True)
+    for part in (quantizer.project_in, quantizer.project_out) if name == "vqgan_fc" else ():
+        torch.nn.init.zeros_(part.bias)
+    z, _, loss = quantizer(x)
+    (z.float().sum() + loss).backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert all(p.grad.abs().max() < 100 for p in quantizer.parameters() if p.grad is not None)
+
+
+@EVERY
+def test_loss_is_the_same_without_gradient(name):
+    """Also where codes are made by others: the forward of a reentrant checkpoint has no gradient."""
+    quantizer = build(name, dim=D, num_codes=16).to(DEVICE)
+    x, losses = torch.randn(40, D, device=DEVICE), []
+    with quantizer.unobserved():
+        for grad in (True, False):
+            torch.manual_seed(0)
+            with torch.set_grad_enabled(grad):
+                losses.append(quantizer(x).loss.detach())
+    assert torch.equal(*losses)
+
+
 @EVERY
 def test_padding_is_as_if_it_were_not_there(name):
     """Sequences of different lengths give the indices, values, codes' gradients and loss of their joined rows."""

@@ -80,6 +80,13 @@ def test_cold_is_the_nearest_code(tau):
     assert torch.equal(sample_code(x, codes, temperature=tau), expected)
 
 
+@pytest.mark.parametrize("tau", [1e-60, torch.tensor(1e-60, dtype=torch.float64)])
+def test_below_the_range_of_float32(tau):
+    x, codes = clusters(300, 20, 6)
+    tau = tau.to(DEVICE) if isinstance(tau, torch.Tensor) else tau
+    assert torch.equal(sample_code(x, codes, temperature=tau), brute_force(x, codes)[0])
+
+
 def test_cooling():
     x, codes = clusters(300, 20, 6)
     nearest = brute_force(x, codes)[0]

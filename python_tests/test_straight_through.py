@@ -201,6 +201,19 @@ def test_sum_of_squares(backend, need):
     assert (totals[0] - expected.sum()).abs() <= 16 * 2.0**-23 * expected.sum()
 
 
+def test_squares_out_of_the_range_of_float32(backend, need):
+    """Their mean may be in it, and zero times them is zero."""
+    need("straight_through", torch.float32)
+    if backend == "triton":
+        pytest.skip("its squares are float32 numbers")
+    x, codes = torch.full((3, 64), 4e18, device=DEVICE), torch.full((2, 64), -4e18, device=DEVICE)
+    indices = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    loss = straight_through(x, codes, indices, commitment=1, codebook_weight=0, backend=backend).loss
+    torch.testing.assert_close(loss.double(), torch.tensor(6.4e37, device=DEVICE).double(), rtol=1e-5, atol=0)
+    far = straight_through(1e2 * x, codes, indices, commitment=0, codebook_weight=0, backend=backend).loss
+    assert far == 0
+
+
 @ROTATION
 def test_mean_rows(rotation, backend, need):
     """The number of rows is the caller's: two ranks with masks that share it add up to the whole."""

@@ -115,6 +115,24 @@ def check_indices(op: str, indices: object, shape: torch.Size, device: torch.dev
         )
 
 
+def check_below(op: str, name: str, indices: Tensor, limit: int) -> None:
+    """No index of `limit` or more; looked at on the CPU alone, for elsewhere the host would wait."""
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or not indices.numel():
+        return
+    most = int(indices.max())
+    if most >= limit:
+        fix = "Pass the indices that a forward of this quantizer returned"
+        refuse(ValueError, op, name, f"be below {limit}", most, fix)
+
+
+def check_kind(op: str, name: str, value: object, kind: type, fix: str) -> None:
+    """An instance of a class."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        refuse(TypeError, op, name, f"be {article} {kind.__name__}", got, fix)
+
+
 def check_mask(op: str, mask: object, shape: torch.Size, device: torch.device) -> None:
     """A bool per row."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -12,7 +12,7 @@ from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.methods import METHODS, Spec
 from vqkernels.nn.quantizers.base import Quantizer
 from vqkernels.nn.quantizers.vector import VectorQuantizer
-from vqkernels.nn.upkeep.base import Upkeep
+from vqkernels.nn.upkeep.base import Upkeep, check_upkeep
 from vqkernels.ops.directional import NOISE_STD
 
 
@@ -48,6 +48,7 @@ def build(
     if noise_std is not None and not method.noisy:
         requirement = f"be None for {name!r}, which has none"
         refuse(ValueError, "build", "noise_std", requirement, noise_std, "Leave it out")
+    check_upkeep("build", upkeep)
     if upkeep and not method.upkeep:
         got = ", ".join(type(part).__name__ for part in upkeep)
         requirement = f"be empty for {name!r}, which has no codes that can be overwritten"

@@ -27,6 +27,9 @@ from vqkernels.ops.straight_through import StraightThrough as StraightThrough
 from vqkernels.ops.straight_through import straight_through as straight_through
 from vqkernels.ops.straight_through import straight_through_backward_op as _straight_through_backward
 from vqkernels.ops.straight_through import straight_through_op as _straight_through
+from vqkernels.ops.unit_rows import unit_rows as unit_rows
+from vqkernels.ops.unit_rows import unit_rows_backward_op as _unit_rows_backward
+from vqkernels.ops.unit_rows import unit_rows_op as _unit_rows
 
 # what `info`, the tests and the benches walk over
 OPS = {
@@ -42,6 +45,8 @@ OPS = {
         _gumbel_code,
         _gumbel_code_backward,
         _sample_code,
+        _unit_rows,
+        _unit_rows_backward,
         _philox,
     )
 }

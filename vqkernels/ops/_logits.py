@@ -49,9 +49,9 @@ class Chunk(NamedTuple):
     finite: Tensor
 
 
-def arithmetic(x: Tensor, codebook: Tensor) -> torch.dtype:
-    """float64 where an input is, else float32."""
-    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+def at_least_tiny(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """A temperature in `dtype`, where what is above 0 stays above 0."""
+    return temperature.to(dtype).clamp_min(torch.finfo(dtype).tiny)
 
 
 def centred(codebook: Tensor, dtype: torch.dtype) -> Codes:

@@ -23,8 +23,9 @@ from torch.autograd.function import once_differentiable
 from vqkernels import philox
 from vqkernels.checks import check_count, check_pair, check_seed, check_temperature
 from vqkernels.dispatch import Op
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse
-from vqkernels.ops._logits import Chunk, arithmetic, centred, chunks, half_logits
+from vqkernels.ops._logits import Chunk, at_least_tiny, centred, chunks, half_logits
 from vqkernels.ops.philox import philox_op
 
 _ARGUMENTS = "Tensor x, Tensor codebook, Tensor seed, Tensor temperature, SymInt row_offset"
@@ -91,7 +92,7 @@ def _reference_backward(
     grad_x = torch.empty_like(flat, memory_format=torch.contiguous_format)
     total = torch.zeros(codebook.shape, dtype=dtype, device=x.device)
     weight = torch.zeros(len(codebook), dtype=torch.float64, device=x.device)
-    tau = temperature.to(dtype)
+    tau = at_least_tiny(temperature, dtype)
     with torch.autocast(x.device.type, enabled=False):
         codes = centred(codebook, dtype)
         for chunk in chunks(flat, codes):
@@ -104,7 +105,8 @@ def _reference_backward(
             w.sub_((q * w).sum(1, keepdim=True)).mul_(q).mul_(upstream_kl[chunk.rows, None])
             y = torch.softmax(logits.sub_(logits.amax(1, keepdim=True)).div_(tau), dim=1)
             a = torch.mm(g, codes.rows.t(), out=q)
-            w.addcmul_(a.sub_((y * a).sum(1, keepdim=True)).div_(tau), y)
+            # y comes first: where it is 0, a / tau may be out of range
+            w.addcdiv_(a.sub_((y * a).sum(1, keepdim=True)).mul_(y), tau)
             # what is zero times what is not finite
             w = torch.where(good, w, 0)
             # sum_j w_j = 0, so the row itself has no part in its gradient

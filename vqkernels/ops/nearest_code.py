@@ -11,6 +11,7 @@ from torch import Tensor
 from vqkernels import kernels, native
 from vqkernels.checks import check_codebook, check_dtype, check_flag, check_pair, check_rows, refuse
 from vqkernels.dispatch import Op, forced_backend
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse, collapse_groups
 
 # the reference keeps this many float64 scores at a time
@@ -42,7 +43,7 @@ def _reference(
     x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     codes = codebook.double() if dither is None else dithered(codebook, dither)  # ([G,] K, D)
-    dtype = _distance_dtype(x, codebook)
+    dtype = arithmetic(x, codebook)
     if codes.dim() == 2:
         return _search_group(x, codes, dtype)
     found = [_search_group(*group, dtype) for group in zip(x, codes, strict=True)]
@@ -94,15 +95,11 @@ def _sq_dist(x: Tensor, codes: Tensor, row: Tensor, code: Tensor) -> Tensor:
     return total
 
 
-def _distance_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-
-
 def _fake(
     x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     shape = x.shape[:-1]
-    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_distance_dtype(x, codebook))
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=arithmetic(x, codebook))
 
 
 nearest_code_op = Op(

@@ -10,6 +10,7 @@ from torch import Tensor
 from vqkernels import kernels, native
 from vqkernels.checks import check_pair
 from vqkernels.dispatch import Op
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse
 
 # pairs of a row and a segment at a time
@@ -46,7 +47,7 @@ def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             segments[here] = best[better] + start
             position[here] = t.gather(1, best[:, None])[:, 0][better]
             sq_dist[here] = least[better]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    dtype = arithmetic(x, codebook)
     leading = x.shape[:-1]
     return segments.view(leading), position.to(dtype).view(leading), sq_dist.to(dtype).view(leading)
 
@@ -69,7 +70,7 @@ def _project(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    dtype = arithmetic(x, codebook)
     shape = x.shape[:-1]
     return (
         x.new_empty(shape, dtype=torch.int64),

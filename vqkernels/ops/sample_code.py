@@ -9,8 +9,9 @@ from torch import Tensor
 from vqkernels import philox
 from vqkernels.checks import check_count, check_pair, check_seed, check_temperature
 from vqkernels.dispatch import Op
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse
-from vqkernels.ops._logits import arithmetic, centred, chunks, half_logits
+from vqkernels.ops._logits import at_least_tiny, centred, chunks, half_logits
 from vqkernels.ops.nearest_code import nearest_code_op
 from vqkernels.ops.philox import philox_op
 
@@ -34,7 +35,7 @@ def _reference(x: Tensor, codebook: Tensor, seed: Tensor, temperature: Tensor, r
         codes = centred(codebook, dtype)
         for chunk in chunks(flat, codes):
             logits = half_logits(chunk, codes)
-            logits.sub_(logits.amax(1, keepdim=True)).mul_(2).div_(temperature.to(dtype))
+            logits.sub_(logits.amax(1, keepdim=True)).mul_(2).div_(at_least_tiny(temperature, dtype))
             drawn, total = _invert(logits.exp_(), uniform[chunk.rows])
             indices[chunk.rows] = torch.where(chunk.finite & total.isfinite(), drawn, 0)
     found = indices.view(x.shape[:-1])

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from vqkernels import kernels, native
 from vqkernels.checks import check_flag, check_indices, check_number, check_pair, refuse
 from vqkernels.dispatch import Op
+from vqkernels.ops._arithmetic import arithmetic
 from vqkernels.ops._layout import collapse
 
 # |x/|x| + c/|c|| up to which x and c are antiparallel: no backend can tell such a plane of rotation
@@ -66,7 +67,7 @@ def _turned(g: Tensor, x: Tensor, c: Tensor) -> Tensor:
 
 
 def _reference(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kind = _distance_dtype(x, codebook)
+    kind = arithmetic(x, codebook)
     z, flat = torch.empty_like(x), x.new_empty(indices.numel(), x.shape[-1])
     sq_dist, totals = x.new_empty(indices.numel(), dtype=kind), x.new_zeros(2, dtype=torch.float64)
     for rows, xs, cs, _, alive, good in _chunks(x, codebook, indices):
@@ -112,12 +113,8 @@ def _reference_backward(
     return grad_x, grad_codebook.to(codebook.dtype) if need_codebook else empty_codebook
 
 
-def _distance_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-
-
 def _fake(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sq_dist = x.new_empty(indices.shape, dtype=_distance_dtype(x, codebook))
+    sq_dist = x.new_empty(indices.shape, dtype=arithmetic(x, codebook))
     return torch.empty_like(x), sq_dist, x.new_empty((2,), dtype=torch.float64)
 
 
@@ -187,6 +184,9 @@ class _StraightThrough(torch.autograd.Function):
             grad = x.new_zeros(()).expand(x.shape)
         pull = scale.new_zeros(()) if grad_loss is None else 2 * grad_loss * scale
         need_x, need_codebook, *_ = ctx.needs_input_grad
+        # without its share of dL/dz a code has a gradient from the loss alone: where that has none, neither has the code
+        *_, sync = ctx.options
+        need_codebook = need_codebook and (grad_loss is not None or sync != 0)
         arguments = (grad, pull, x, codebook, indices, *ctx.options, need_x, need_codebook)
         grad_x, grad_codebook = straight_through_backward_op(*arguments, backend=ctx.backend)
         return (

@@ -148,7 +148,7 @@ class MetaQuantization(Procedure):
         if xi == 0:
             losses = self._probe(here, batch, target)
             self._checked(losses)
-            return gradients_of(losses.total, self._psi), {}
+            return gradients_of(self._of_codes(losses), self._psi), {}
         losses = self._probe({}, batch, target)
         indices = losses.quantized.indices
         self._checked(losses)
@@ -199,7 +199,7 @@ class MetaQuantization(Procedure):
             there = here | {n: here[n] + sign * eps * v for n, v in direction.items()}
             # a difference of nearby gradients needs all their digits
             with torch.autocast(batch.device.type, enabled=False):
-                sides.append(gradients_of(self._probe(there, batch, target).total, self._psi))
+                sides.append(gradients_of(self._of_codes(self._probe(there, batch, target)), self._psi))
         up, down = sides
         return {n: (up[n] - down[n]) / (2 * eps) for n in up}
 
@@ -210,6 +210,12 @@ class MetaQuantization(Procedure):
         with self._same_draws(), chain.quantizer.unobserved():
             quantized, outputs = functional_call(chain, parameters | buffers, (batch,))
             return self._judged(quantized, outputs, batch if target is None else target)
+
+    def _of_codes(self, losses: Losses) -> Tensor:
+        """What psi has a gradient of: the quantizer's loss alone where the task's does not reach the codes."""
+        quantizer = self.model.quantizer
+        alone = isinstance(quantizer, VectorQuantizer) and not quantizer.estimator.reaches_codes
+        return losses.quantized.loss if alone and losses.quantized.loss.requires_grad else losses.total
 
     @contextmanager
     def _same_draws(self) -> Iterator[None]:
@@ -242,7 +248,11 @@ class _Latents(nn.Module):
         self.quantizer, self.encoder = quantizer, encoder
 
     def forward(self, batch: Tensor) -> Tensor:
-        return self.quantizer.inside(self.encoder(batch).movedim(self.quantizer.channel_dim, -1))
+        x = self.encoder(batch).movedim(self.quantizer.channel_dim, -1)
+        # in torch's own words, which forward derivatives know
+        if self.quantizer.project_in is not None:
+            x = self.quantizer.project_in(x)
+        return F.normalize(x, dim=-1) if self.quantizer.metric == "cosine" else x
 
 
 def _vector(gradients: Named, parameters: Mapping[str, Tensor]) -> Tensor:

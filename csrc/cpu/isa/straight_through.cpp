@@ -55,6 +55,17 @@ VQK_INLINE void choose(const StraightThrough& a, int64_t first, int64_t rows, A*
   }
 }
 
+// |x - c|^2 in float64, whatever the rows are
+template <class A>
+double sq_dist_wide(const A* x, const A* c, int64_t d) {
+  double sum = 0;
+  for (int64_t k = 0; k < d; ++k) {
+    const double e = (double)c[k] - (double)x[k];
+    sum += e * e;
+  }
+  return sum;
+}
+
 // z = c and |x - c|^2
 template <class A>
 VQK_INLINE double put_code(const A* x, const A* c, int64_t width, A* z) {
@@ -94,8 +105,10 @@ void forward_of(const StraightThrough& a, int64_t begin, int64_t end, void* scra
           fill(out, d, (A)0);
         } else {
           square = put_code(xr, chosen.point[r], width, out);
-          // a sum that is finite had no other terms
-          if (finite(&square, 1) || finite(xr, d))
+          // a sum that is finite had no other terms; one that is not may have left the range of float32
+          bool good = true;
+          if (!finite(&square, 1) && (good = finite(xr, d))) square = sq_dist_wide(xr, chosen.point[r], d);
+          if (good)
             sum += square, ++counted;
           else
             fill(out, d, (A)__builtin_nan("")), square = __builtin_nan("");

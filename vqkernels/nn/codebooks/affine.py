@@ -14,6 +14,9 @@ from vqkernels.nn.estimators.base import finite_rows
 from vqkernels.nn.estimators.ste import STE
 from vqkernels.nn.methods import Method, register
 
+# elements at a time, which stay in the cache from their difference to their sums
+_CHUNK = 1 << 17
+
 
 class _Affine(Codebook):
     """What both have in common: codes = scale * weight + bias, with one (D,) pair for each group of codes.
@@ -170,15 +173,20 @@ class AffineEMACodebook(_Affine):
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor) -> None:
         counted = finite_rows(x) & (indices >= 0)[..., None]
-        # about the running mean, which is near theirs: squares lose nothing by it
-        x = torch.where(counted, x.to(torch.promote_types(x.dtype, torch.float32)) - self._shift(), 0)
-        x = x.reshape(-1, x.shape[-1])
-        sums = x.sum(0, dtype=torch.float64), torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()
+        total = torch.zeros_like(self.sums)
+        total[0] = counted.sum()
+        shift = self._shift()
+        most = max(1, _CHUNK // x.shape[-1]) if x.device.type == "cpu" else max(1, counted.numel())
+        parts = zip(x.reshape(-1, x.shape[-1]).split(most), counted.reshape(-1, 1).split(most), strict=True)
+        for rows, count in parts:
+            # about the running mean, which is near theirs: squares lose nothing by it
+            part = torch.where(count, rows.double() - shift, 0)
+            total[1:] += torch.cat((part.sum(0), part.square().sum(0)))
         # summed over ranks at once: whatever copies a rank's buffers then copies the truth
-        self.sums += all_sum(torch.cat((counted.sum().double()[None], *sums)))
+        self.sums += all_sum(total)
 
     def _shift(self) -> Tensor:
-        return self.mean_x.float()
+        return self.mean_x
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -186,7 +194,8 @@ class AffineEMACodebook(_Affine):
         mean = sums / rows
         moments = [self._shift() + mean, (squares / rows - mean.square()).clamp_min(0)]
         var, mean = torch.var_mean(self.weight.double().unflatten(0, (self.groups, -1)), 1, correction=0)
-        momentum = torch.where(self.updates > 0, self.momentum, 1.0)
+        # in float64 as the statistics are
+        momentum = torch.where(self.updates > 0, self.momentum, torch.ones_like(self.sums[0]))
         for old, new in zip((self.mean_x, self.var_x, self.mean_c, self.var_c), (*moments, mean, var)):
             # without a row there is nothing new
             old.copy_(torch.where(rows > 0, momentum * new + (1 - momentum) * old, old))

@@ -21,8 +21,9 @@ class EMACodebook(Codebook):
         h' = decay h + (1 - decay) n
         c' = c + (1 - decay) (sum x - n c) / h'    where n > 0        (DiVeQ eq. 3)
 
-    h starts at 1, also where a code is overwritten, and a code that nobody chose stays where it is. The codes are a buffer: no optimizer moves them.
-    Use it with an estimator that has no codebook loss, such as `STE(codebook_weight=0)`.
+    h starts at 1, also where a code is overwritten, and a code that nobody chose stays where it is. The codes are a
+    buffer: no optimizer moves them. Use it with an estimator that has no codebook loss, such as
+    `STE(codebook_weight=0)`.
 
     Args:
         num_codes, dim, init, dtype, device: as of `Codebook`.

@@ -24,14 +24,14 @@ class Context(NamedTuple):
         row_offset: number of the first row, over all processes.
         mask: (...) bool, False where a row takes no part; None for all.
         mean_rows: 0-d, rows that count on each process in the mean; None for those found here.
-        learned: whether codes learn by gradient, which a forward without gradient cannot see of them; None to look.
+        learned: whether the codes are learned by gradient, for forwards without one, where codes do not tell.
     """
 
     seed: Tensor
     row_offset: int = 0
     mask: Tensor | None = None
     mean_rows: Tensor | None = None
-    learned: bool | None = None
+    learned: bool = True
 
 
 class Choice(NamedTuple):

@@ -50,7 +50,6 @@ class Gumbel(Estimator):
 
     noisy = True
     grouped = False
-    joint = False
     # every code of a row has a part in its gradient, so a target chosen elsewhere is not enough
     joint = False
 
@@ -149,8 +148,11 @@ def _chunk(
         noise = gumbel_noise(seed, len(x), len(codes), first, logits.dtype)
         log_q = torch.log_softmax(logits, dim=1)
         kl = math.log(len(codes)) + (log_q.exp() * log_q).sum(1)
-        indices = (logits.detach() + noise).argmax(1)
-        y = torch.softmax((logits + noise) / tau.to(logits.dtype), dim=1)
+        noisy = logits + noise
+        best, indices = noisy.detach().max(1, keepdim=True)
+        indices = indices[:, 0]
+        # the largest is 0, so that a quotient which leaves the range has weight 0
+        y = torch.softmax((noisy - best) / tau.to(logits.dtype), dim=1)
         table = torch.where(finite_rows(codes), codes, 0).detach().to(logits.dtype)
         # 0 in value, and its gradient is that of the soft sum
         soft = (y - y.detach()) @ table

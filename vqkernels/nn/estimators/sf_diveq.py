@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
+from vqkernels.checks import check_below, check_choice, check_count, check_noise_std, refuse
 from vqkernels.nn.estimators.base import Choice, Context, Estimate, Estimator, flat, gather, masked
 from vqkernels.nn.estimators.diveq import move
 from vqkernels.nn.methods import Method, register
@@ -87,6 +87,7 @@ class SpaceFilling(Estimator):
             fix = "Set estimator.evaluation and quantize again: a point of the curve is not a code"
             refuse(ValueError, type(self).__name__, "evaluation", requirement, "'curve'", fix)
         segments, level = indices.unbind(-1)
+        check_below("decode", "indices[..., 1]", level, 2**self.bits)
         return interpolate(codes, segments, (level + 0.5) / 2**self.bits)
 
     def num_indices(self, num_codes: int, training: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from vqkernels.checks import check_number, refuse
@@ -50,8 +51,8 @@ class STE(Estimator):
     def cross(self, x: Tensor, codes: Tensor, choice: Choice, context: Context) -> Estimate:
         # a latent of G groups has G rows
         groups = x.shape[-2] if codes.dim() == 3 else 1
-        learned = codes.requires_grad if context.learned is None else context.learned
         codes, indices = flat(codes, choice.indices)
+        learned = codes.requires_grad if torch.is_grad_enabled() else context.learned
         z, loss = straight_through(
             x,
             codes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels.checks import check_count, refuse
+
+# below it a temperature, or what is divided by it, leaves the range of float32
+_LEAST = 1e-30
 
 
 class TemperatureSchedule(Protocol):
@@ -161,14 +165,25 @@ class Temperature(nn.Module):
         super().__init__()
         if isinstance(schedule, (int, float)) and not isinstance(schedule, bool):
             schedule = ConstantTemperature(schedule)
-        if isinstance(schedule, bool) or not callable(getattr(schedule, "at", None)):
+        methods = (getattr(schedule, name, None) for name in ("at", "settled", "lowest"))
+        if isinstance(schedule, (bool, type)) or not all(map(callable, methods)):
             fix = "Pass such as ExponentialTemperature(steps)"
             refuse(TypeError, owner, "temperature", "be a schedule or a number", repr(schedule), fix)
-        if not zero and schedule.lowest() <= 0:
-            fix = "Let it stop above 0"
-            refuse(ValueError, owner, "temperature", "stay above 0", schedule.lowest(), fix)
+        if not zero and schedule.lowest() < _LEAST:
+            fix = "Let it stop above that"
+            refuse(
+                ValueError, owner, "temperature", f"stay above 0, at {_LEAST} or more", schedule.lowest(), fix
+            )
         self.schedule = schedule
         self.register_buffer("value", torch.tensor(schedule.at(0), dtype=torch.float32))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Temperature:
+        value = self.value
+        super()._apply(fn, recurse)
+        # a temperature moves with the module but is never narrowed to half precision
+        if not (value.is_meta or self.value.is_meta):
+            self.value = value.to(self.value.device)
+        return self
 
     def forward(self) -> Tensor:
         """A 0-d copy, which later commits do not change."""
@@ -185,6 +200,6 @@ class Temperature(nn.Module):
 def _check(op: str, name: str, value: object, *, zero: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(TypeError, op, name, "be a number", type(value).__name__, "Pass a Python float")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not 0 <= value <= 3e38 or (value == 0 and not zero):
         requirement = "be finite and not negative" if zero else "be finite and above 0"
         refuse(ValueError, op, name, requirement, value, "Pass one in units of x squared")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vqkernels.checks import check_floating, check_mask, refuse
+from vqkernels.checks import check_floating, check_kind, check_mask, refuse
 from vqkernels.nn._random import all_sum, check_equal_ranks, distributed, draw_seed, first_row
 from vqkernels.nn.estimators.base import Context, finite_rows, no_loss
 from vqkernels.nn.upkeep.base import Upkeep, UpkeepReport
@@ -67,10 +67,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, dim: int, *, channel_dim: int = -1):
         super().__init__()
-        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-            fix = "Pass -1 for (..., D), 1 for NCHW"
-            refuse(TypeError, type(self).__name__, "channel_dim", "be an int", repr(channel_dim), fix)
-        self.dim, self.channel_dim = dim, channel_dim
+        self.dim, self.channel_dim = dim, check_channel_dim(type(self).__name__, channel_dim)
         self._step = 0
         self._uncommitted = self._followed = False
         self._observing = True
@@ -152,7 +149,9 @@ class Quantizer(nn.Module):
 
         Raises:
             TypeError: the indices are not int64.
-            ValueError: they have another Q than this evaluation mode, or the mode is "curve".
+            ValueError: they have another Q than this evaluation mode, or the mode is "curve", or, on the CPU, one of
+                them stands for no code. Elsewhere that would wait for the device, which then complains by itself, or
+                returns what means nothing.
         """
         raise NotImplementedError
 
@@ -182,7 +181,7 @@ class Quantizer(nn.Module):
             z, loss = torch.where(finite_rows(rows), z, torch.nan), no_loss(rows)
             if mask is not None:
                 z, indices = torch.where(mask[..., None], z, 0), torch.where(mask[..., None], indices, -1)
-        return Quantized(z.movedim(-1, self.channel_dim), indices, loss)
+        return Quantized(laid_out(z.movedim(-1, self.channel_dim), x), indices, loss)
 
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Start the codes from x, as the first training forward does by itself where upkeep such as `KMeansInit` asks.
@@ -208,16 +207,9 @@ class Quantizer(nn.Module):
         return indices if mask is None else torch.where(mask[..., None], indices, -1)
 
     def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        name = type(self).__name__
-        check_floating(name, "x", x)
-        if not -x.dim() <= self.channel_dim < x.dim() or x.shape[self.channel_dim] != self.dim:
-            requirement = f"have {self.dim} features in dimension {self.channel_dim}"
-            fix = "Pass the channel_dim that holds them"
-            refuse(ValueError, name, "x", requirement, f"shape {tuple(x.shape)}", fix)
-        rows = x.movedim(self.channel_dim, -1)
+        rows = latent_rows(type(self).__name__, x, self.dim, self.channel_dim, mask)
         if mask is None:
             return rows
-        check_mask(name, mask, rows.shape[:-1], x.device)
         # what padding holds must reach nothing, not even as 0 * nan
         return torch.where(mask[..., None], rows, 0)
 
@@ -295,7 +287,12 @@ class Quantizer(nn.Module):
 
         Args:
             optimizer: the one that steps; not a wrapper around it.
+
+        Raises:
+            TypeError: it is no torch optimizer.
         """
+        fix = "Pass the torch optimizer itself"
+        check_kind(type(self).__name__, "optimizer", optimizer, torch.optim.Optimizer, fix)
         if self._optimizer is not None and self._optimizer() is optimizer:
             return
         if self._hook is not None:
@@ -320,8 +317,38 @@ class Quantizer(nn.Module):
         self._step, self._uncommitted = int(state[0]), bool(state[1])
 
 
+def check_channel_dim(op: str, channel_dim: int) -> int:
+    """An int."""
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        fix = "Pass -1 for (..., D), 1 for NCHW"
+        refuse(TypeError, op, "channel_dim", "be an int", repr(channel_dim), fix)
+    return channel_dim
+
+
+def latent_rows(op: str, x: Tensor, dim: int, channel_dim: int, mask: Tensor | None) -> Tensor:
+    """x with its features last (..., D), and a mask, where there is one, that fits: bool (...)."""
+    check_floating(op, "x", x)
+    if not -x.dim() <= channel_dim < x.dim() or x.shape[channel_dim] != dim:
+        requirement = f"have {dim} features in dimension {channel_dim}"
+        fix = "Pass the channel_dim that holds them"
+        refuse(ValueError, op, "x", requirement, f"shape {tuple(x.shape)}", fix)
+    rows = x.movedim(channel_dim, -1)
+    if mask is not None:
+        check_mask(op, mask, rows.shape[:-1], x.device)
+    return rows
+
+
 def check_decodable(indices: Tensor, codes_per_latent: int) -> None:
     """Indices that `decode` can take: int64 (..., Q)."""
+    if not isinstance(indices, Tensor):
+        refuse(
+            TypeError,
+            "decode",
+            "indices",
+            "be a tensor",
+            type(indices).__name__,
+            "Pass torch.tensor(indices)",
+        )
     if indices.dtype != torch.int64:
         refuse(TypeError, "decode", "indices", "be int64", indices.dtype, "Call indices.long()")
     if indices.dim() < 1 or indices.shape[-1] != codes_per_latent:
@@ -329,11 +356,10 @@ def check_decodable(indices: Tensor, codes_per_latent: int) -> None:
         refuse(ValueError, "decode", "indices", f"be (..., {codes_per_latent})", tuple(indices.shape), fix)
 
 
-def poison(z: Tensor, x: Tensor, finite: Tensor) -> Tensor:
-    """z, with NaN in value and in dL/dx where a row of x is not `finite` (..., 1), and no other gradient to x."""
-    nothing = (x - x.detach()) * torch.where(finite, 0.0, torch.nan).to(x.dtype)
-    # it comes first: the sum keeps its strides, which are those of x
-    return nothing + torch.where(finite, z, torch.nan)
+def laid_out(z: Tensor, x: Tensor) -> Tensor:
+    """z in the layout of x, so that convolutions behind a quantizer find the memory format they had before it."""
+    like = torch.empty_like(x, dtype=z.dtype)
+    return z if z.stride() == like.stride() else like.copy_(z)
 
 
 def mean_rows(x: Tensor, mask: Tensor | None) -> Tensor | None:

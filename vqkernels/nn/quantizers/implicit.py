@@ -8,13 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vqkernels.checks import check_count
+from vqkernels.checks import check_below, check_count, refuse
 from vqkernels.nn._autocast import full_precision
-from vqkernels.nn.estimators.base import Context, finite_rows, gather, no_loss
-from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
+from vqkernels.nn._linear import finite_linear
+from vqkernels.nn.estimators.base import Context, finite_rows, gather, mark, no_loss
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable
 
 # codebooks of up to this many codes are decoded from their table, which rounds alike for any number of rows
 _TABLE = 1 << 16
+# a table of more codes than this fits nowhere
+_EXPORTED = 1 << 28
 
 
 class ImplicitQuantizer(Quantizer):
@@ -74,26 +77,26 @@ class ImplicitQuantizer(Quantizer):
         return no_loss(y)
 
     def _inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents before the grid, 0 in rows that are not finite, and which rows are: (..., 1)."""
-        finite = finite_rows(x)
-        x = torch.where(finite, x, 0)
-        if self.project_in is not None:
-            x = self.project_in(x.to(self.project_in.weight.dtype))
-        return x.to(torch.promote_types(x.dtype, torch.float32)), finite
+        """Latents before the grid, NaN in rows that are not finite, and which rows are: (..., 1)."""
+        y = x if self.project_in is None else finite_linear(x, self.project_in)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        finite = finite_rows(y)
+        return mark(y, finite), finite
 
     def _outside(self, points: Tensor) -> Tensor:
         if self.project_out is None:
             return points
         with full_precision(points.device):
-            return self.project_out(points.to(self.project_out.weight.dtype))
+            return finite_linear(points, self.project_out)
 
     def train_rows(self, x: Tensor, context: Context) -> Quantized:
         y, finite = self._inside(x)
         q, indices = self.snap(y)
         counted = finite.squeeze(-1) if context.mask is None else finite.squeeze(-1) & context.mask
-        loss = self.penalty(y, counted, context)
+        # 0 * nan is nan, also in a gradient
+        loss = self.penalty(torch.where(counted[..., None], y, 0), counted, context)
         indices = torch.where(finite.squeeze(-1), indices, 0)
-        z = poison(self._outside(q).to(x.dtype), x, finite)
+        z = self._outside(q).to(x.dtype)
         if context.mask is not None:
             z = torch.where(context.mask[..., None], z, 0)
             indices = torch.where(context.mask, indices, -1)
@@ -101,7 +104,7 @@ class ImplicitQuantizer(Quantizer):
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         indices = self.encode_rows(x)
-        return self.decode(indices).to(x.dtype), indices
+        return self._decode(indices).to(x.dtype), indices
 
     def encode_rows(self, x: Tensor) -> Tensor:
         y, finite = self._inside(x)
@@ -109,6 +112,10 @@ class ImplicitQuantizer(Quantizer):
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, 1)
+        check_below("decode", "indices", indices, self.num_codes)
+        return self._decode(indices)
+
+    def _decode(self, indices: Tensor) -> Tensor:
         if self.num_codes <= _TABLE:
             return gather(self._table(indices.device), indices.squeeze(-1))
         rows = self._outside(self.points(indices.squeeze(-1).clamp_min(0)))
@@ -118,4 +125,8 @@ class ImplicitQuantizer(Quantizer):
         return self._outside(self.points(torch.arange(self.num_codes, device=device)))
 
     def export(self) -> Tensor:
+        if self.num_codes > _EXPORTED:
+            requirement = f"be at most {_EXPORTED} to export a table"
+            fix = "Call decode on the indices that you have"
+            refuse(ValueError, type(self).__name__, "num_codes", requirement, self.num_codes, fix)
         return self._table(self._device()).detach().clone()

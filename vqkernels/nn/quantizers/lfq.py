@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqkernels.checks import check_count, check_number, refuse
@@ -11,6 +10,7 @@ from vqkernels.nn._random import all_sum, distributed
 from vqkernels.nn.estimators.base import Context
 from vqkernels.nn.methods import Method, Spec, register
 from vqkernels.nn.quantizers.implicit import ImplicitQuantizer
+from vqkernels.ops import unit_rows
 
 
 class LFQ(ImplicitQuantizer):
@@ -112,7 +112,7 @@ class BSQ(LFQ):
     """Binary spherical quantization: LFQ of latents on the unit sphere (Zhao et al. 2025).
 
         u = y/|y|,   z = u + sg[sign(u)/sqrt(b) - u]
-        loss as of LFQ, with p_b = sigmoid(4 sharpness sqrt(b) u_b) and no commitment, for |u - z| < sqrt(2 - 2/sqrt(b))
+        loss as of LFQ, with p_b = sigmoid(4 sharpness sqrt(b) u_b) and no commitment, for |u - z| <= sqrt(2 - 2/sqrt(b))
 
     Args:
         bits, dim, channel_dim, entropy_weight, diversity_weight, sharpness: as of `LFQ`.
@@ -143,7 +143,7 @@ class BSQ(LFQ):
         return self.grid_dim**-0.5
 
     def settle(self, y: Tensor) -> Tensor:
-        return F.normalize(y, dim=-1)
+        return unit_rows(y)
 
 
 def _entropy(logits: Tensor) -> Tensor:

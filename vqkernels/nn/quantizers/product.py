@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from vqkernels.checks import check_count, refuse
+from vqkernels.checks import check_below, check_count, refuse
 from vqkernels.nn._random import split_seed
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimate, finite_rows, flat, gather, mark, no_loss
@@ -194,6 +194,8 @@ class Product(Combined):
         alike = self._alike()
         if alike is not None and alike[0].estimator.plain:
             check_decodable(indices, len(alike))
+            # one too large would be a code of the next group
+            check_below("decode", "indices", indices, self.num_codes)
             return gather(*flat(torch.stack([part.table() for part in alike]), indices)).flatten(-2)
         points = [
             part.decode(index) for part, index in zip(self.ordered(), self._split(indices), strict=True)

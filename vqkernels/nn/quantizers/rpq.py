@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqkernels.checks import check_count, check_floating, check_mask, refuse
+from vqkernels.checks import check_count
 from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.estimators.base import finite_rows, nearest
+from vqkernels.nn.quantizers.base import check_channel_dim, latent_rows
+from vqkernels.ops import unit_rows
 
 
 class RPQ(nn.Module):
@@ -27,7 +29,7 @@ class RPQ(nn.Module):
         channel_dim: dimension of x that holds the D features: -1 for (..., D), 1 for NCHW.
 
     Raises:
-        TypeError, ValueError: a size is below 1.
+        TypeError, ValueError: a size is below 1, or `channel_dim` is not an int.
     """
 
     projection: Tensor
@@ -40,7 +42,7 @@ class RPQ(nn.Module):
         sizes = {"dim": dim, "num_codes": num_codes, "code_dim": code_dim, "codebooks": codebooks}
         for name, size in sizes.items():
             check_count("RPQ", name, size, minimum=1)
-        self.dim, self.channel_dim = dim, channel_dim
+        self.dim, self.channel_dim = dim, check_channel_dim("RPQ", channel_dim)
         projection = torch.empty(codebooks, code_dim, dim)
         for one in projection:
             nn.init.xavier_uniform_(one)
@@ -58,20 +60,12 @@ class RPQ(nn.Module):
         Raises:
             TypeError, ValueError: x or the mask does not fit.
         """
-        check_floating("RPQ", "x", x)
-        if not -x.dim() <= self.channel_dim < x.dim() or x.shape[self.channel_dim] != self.dim:
-            requirement = f"have {self.dim} features in dimension {self.channel_dim}"
-            fix = "Pass the channel_dim that holds them"
-            refuse(ValueError, "RPQ", "x", requirement, f"shape {tuple(x.shape)}", fix)
-        rows = x.movedim(self.channel_dim, -1)
+        rows = latent_rows("RPQ", x, self.dim, self.channel_dim, mask)
         with full_precision(x.device):
             y = F.linear(rows.to(self.projection.dtype), self.projection.flatten(0, 1))
-            y = F.normalize(y.unflatten(-1, self.projection.shape[:2]), dim=-1)  # (..., Q, code_dim)
+            y = unit_rows(y.unflatten(-1, self.projection.shape[:2]))  # (..., Q, code_dim)
         indices = torch.where(finite_rows(rows), nearest(y, self.weight), 0)
-        if mask is None:
-            return indices
-        check_mask("RPQ", mask, rows.shape[:-1], x.device)
-        return torch.where(mask[..., None], indices, -1)
+        return indices if mask is None else torch.where(mask[..., None], indices, -1)
 
     def extra_repr(self) -> str:
         codebooks, num_codes, code_dim = self.weight.shape

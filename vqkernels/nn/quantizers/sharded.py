@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vqkernels.checks import refuse
+from vqkernels.checks import check_below, refuse
 from vqkernels.nn._random import all_rows, all_sum, distributed
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Choice, Context, Estimator, gather, nearest
@@ -101,6 +101,7 @@ class ShardedVectorQuantizer(Quantizer):
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, 1)
+        check_below("decode", "indices", indices, self.num_codes)
         return _Fetch.apply(self.codebook.codes(), indices.squeeze(-1))
 
     def export(self) -> Tensor:

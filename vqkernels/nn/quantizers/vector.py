@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqkernels.checks import check_choice, check_count, refuse
+from vqkernels.checks import check_below, check_choice, check_count, check_kind, refuse
 from vqkernels.nn._autocast import full_precision
+from vqkernels.nn._linear import finite_linear
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context, Estimator, finite_rows, mark, no_loss
-from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable, poison
-from vqkernels.nn.upkeep.base import Upkeep
+from vqkernels.nn.quantizers.base import Quantized, Quantizer, check_decodable
+from vqkernels.nn.upkeep.base import Upkeep, check_upkeep
+from vqkernels.ops import unit_rows
 
 
 class VectorQuantizer(Quantizer):
@@ -49,6 +50,9 @@ class VectorQuantizer(Quantizer):
         dim: int | None = None,
     ):
         name = "VectorQuantizer"
+        check_kind(name, "codebook", codebook, Codebook, "Pass such as Codebook(num_codes, dim)")
+        check_kind(name, "estimator", estimator, Estimator, "Pass such as STE()")
+        check_upkeep(name, upkeep)
         super().__init__(
             codebook.dim if dim is None else check_count(name, "dim", dim, minimum=1), channel_dim=channel_dim
         )
@@ -113,12 +117,9 @@ class VectorQuantizer(Quantizer):
     def inside(self, x: Tensor) -> Tensor:
         """Latents (..., D) as they are compared with codes: projected and scaled where asked for."""
         if self.project_in is not None:
-            # a row that is not finite must not reach the weights' gradient
-            finite = finite_rows(x)
-            x = self.project_in(torch.where(finite, x, 0).to(self.project_in.weight.dtype))
-            x = torch.where(finite, x, torch.nan)
+            x = finite_linear(x, self.project_in)
         if self.metric == "cosine":
-            x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+            x = unit_rows(x)
         return x
 
     def codes(self) -> Tensor:
@@ -126,12 +127,12 @@ class VectorQuantizer(Quantizer):
         with full_precision(self.codebook.device):
             codes = self.codebook.codes()
             if self.metric == "cosine":
-                codes = F.normalize(codes.to(torch.promote_types(codes.dtype, torch.float32)), dim=-1)
+                codes = unit_rows(codes)
             return codes
 
     def outside(self, z: Tensor) -> Tensor:
         """Codes or quantized latents (..., D') as the decoder sees them, (..., D)."""
-        return z if self.project_out is None else self.project_out(z.to(self.project_out.weight.dtype))
+        return z if self.project_out is None else finite_linear(z, self.project_out)
 
     def table(self) -> Tensor:
         """The (K, D) codes as the decoder sees them: what indices stand for."""
@@ -149,11 +150,9 @@ class VectorQuantizer(Quantizer):
         self.start_codes(y, context)
         estimate = self.estimator(y, self.codes(), context._replace(learned=self.codebook.learned))
         self.observe(y, estimate.indices)
-        z = estimate.z.to(x.dtype)
-        if self.project_out is not None:
-            finite = finite_rows(x)
-            z = poison(self.outside(torch.where(finite, estimate.z, 0)).to(x.dtype), x, finite)
-            z = z if context.mask is None else torch.where(context.mask[..., None], z, 0)
+        z = self.outside(estimate.z).to(x.dtype)
+        if context.mask is not None and self.project_out is not None:
+            z = torch.where(context.mask[..., None], z, 0)
         return Quantized(z, estimate.indices[..., None], estimate.loss)
 
     def start_rows(self, x: Tensor, context: Context) -> None:
@@ -226,6 +225,7 @@ class VectorQuantizer(Quantizer):
 
     def decode(self, indices: Tensor) -> Tensor:
         check_decodable(indices, self.codes_per_latent)
+        check_below("decode", "indices", indices[..., 0], self.estimator.num_indices(self.num_codes, False))
         return self.estimator.decode(indices, self.table())
 
     def export(self) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vqkernels.checks import refuse
+from vqkernels.checks import check_kind, refuse
 from vqkernels.nn.codebooks.learned import Codebook
 from vqkernels.nn.estimators.base import Context
 
@@ -127,3 +128,16 @@ class Upkeep(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Continue from a loaded state."""
         self.ready, self.started = bool(state[0]), bool(state[1])
+
+
+def check_upkeep(op: str, upkeep: object) -> None:
+    """A sequence of upkeep.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(upkeep, (Sequence, nn.ModuleList)) or isinstance(upkeep, str):
+        fix = "Pass a list, such as [KMeansInit()]"
+        refuse(TypeError, op, "upkeep", "be a sequence", type(upkeep).__name__, fix)
+    for part in upkeep:
+        check_kind(op, "upkeep", part, Upkeep, "Pass such as [KMeansInit()]")
