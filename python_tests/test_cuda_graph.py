@@ -269,17 +269,8 @@ def test_what_replays_would_not_repeat_is_refused(monkeypatch):
 
 # calls that bring a value from the device to the host, or whose result has a size that depends on values
 WAITING = {
-    *(
-        "item",
-        "tolist",
-        "cpu",
-        "numpy",
-        "nonzero",
-        "argwhere",
-        "unique",
-        "unique_consecutive",
-        "masked_select",
-    ),
+    *("item", "tolist", "cpu", "numpy", "nonzero", "argwhere"),
+    *("unique", "unique_consecutive", "masked_select"),
     *("synchronize", "equal", "allclose", "is_nonzero", "bincount"),
     # a copy from the host, which waits for it
     *("tensor", "as_tensor", "from_numpy"),
