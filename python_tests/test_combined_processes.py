@@ -1,12 +1,7 @@
 """Residual and product quantizers in two processes equal one."""
 
-import os
-import socket
-import sys
-
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import two_processes
 from stages import stage as part
 
 from vqkernels.nn import (
@@ -46,40 +41,23 @@ def steps(batches, rank):
             # ranks differ in how many rows count
             z, indices, loss = quantizer(x, x[..., 0] < 1)
             quantizer.commit()
-        seen[name] = tuple(t.detach().numpy() for t in (quantizer.export(), z, indices, loss))
+        seen[name] = tuple(t.detach() for t in (quantizer.export(), z, indices, loss))
     return seen
 
 
-def on_rank(rank, port, batches, queue):
-    torch.set_num_threads(1)
-    if sys.platform.startswith("linux"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    queue.put((rank, steps([batch.chunk(2)[rank] for batch in batches], rank)))
-    dist.barrier()
-    dist.destroy_process_group()
+def on_rank(rank, batches):
+    return steps([batch.chunk(2)[rank] for batch in batches], rank)
 
 
 def test_two_processes_equal_one():
     """Noise, dropout, statistics, replacement and warm-up of two ranks equal one process on the joint batch."""
     torch.manual_seed(7)
     batches = [torch.randn(40, 3, 6) for _ in range(4)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=on_rank, args=(r, port, batches, queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    expected = steps(batches, 0)
-    found = dict(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(30)
+    expected, found = steps(batches, 0), two_processes(on_rank, batches)
     for name, (codes, z, indices, loss) in expected.items():
         for rank in range(2):
-            torch.testing.assert_close(torch.tensor(found[rank][name][0]), torch.tensor(codes))
-        both = [torch.cat([torch.tensor(found[rank][name][i]) for rank in range(2)]) for i in (1, 2)]
-        assert torch.equal(both[1], torch.tensor(indices)), name
-        torch.testing.assert_close(both[0], torch.tensor(z))
+            torch.testing.assert_close(found[rank][name][0], codes)
+        both = [torch.cat([found[rank][name][i] for rank in range(2)]) for i in (1, 2)]
+        assert torch.equal(both[1], indices), name
+        torch.testing.assert_close(both[0], z)
         torch.testing.assert_close(sum(float(found[rank][name][3]) for rank in range(2)) / 2, float(loss))

@@ -147,6 +147,15 @@ def test_entropy_keeps_bits_in_use():
     assert before == 1 and quantizer(scale * x + shift).indices.unique().numel() == 16
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_bit_that_never_changes_has_a_finite_gradient(sign):
+    """Where all rows are sure of a bit, p ln p has an infinite slope at 0, and the slope of p is 0."""
+    x = (40.0 * sign + torch.randn(30, 4, device=DEVICE)).requires_grad_()
+    _, _, loss = LFQ(4)(x)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("codebooks", [1, 3])
 def test_rpq_equation(codebooks):
     """Chiu et al. 2022, eq. 1, row by row in float64; all codebooks in one call."""

@@ -1,16 +1,13 @@
 """Metrics over many updates: windows, processes and whatever else torchmetrics asks of a metric."""
 
 import copy
-import os
 import pickle
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import two_processes
 
 from vqkernels.nn import build, metrics
 from vqkernels.testing import DEVICE
@@ -309,12 +306,7 @@ def test_without_torchmetrics():
     )
 
 
-def on_rank(rank, port, made, queue):
-    torch.set_num_threads(1)
-    if sys.platform.startswith("linux"):
-        # a machine without a network cannot tell gloo its own address
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def on_rank(rank, made):
     found = []
     for window in (None, 2):
         collection = MetricCollection(everything(window=window)).to(DEVICE)
@@ -325,25 +317,13 @@ def on_rank(rank, port, made, queue):
             # in the middle as well: to add up must not change what is kept
             last = collection.compute()
         found.append(({name: value.tolist() for name, value in last.items()}, local.compute().item()))
-    queue.put((rank, found))
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 def test_two_processes_equal_one():
     """Both ranks find the metrics of all batches, or of the last of both, though one of them has fewer rows."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     made = [batches(3), batches(3, rows=5)]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=on_rank, args=(rank, port, made, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(30)
+    found = two_processes(on_rank, made)
     for number, window in enumerate((None, 2)):
         seen = [mine[-(window or 99) :] for mine in made]
         wanted = expected([*seen[0], *seen[1]])

@@ -1,13 +1,8 @@
 """A codebook spread over processes: indices, values, gradients and training equal one process with all of it."""
 
-import os
-import socket
-import sys
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from vqkernels.nn import NSVQ, STE, Codebook, DiVeQ, EMACodebook, SFDiVeQ, VectorQuantizer
@@ -73,11 +68,7 @@ def train(model, bare, part):
     }
 
 
-def on_rank(rank, port, queue):
-    torch.set_num_threads(1)
-    if sys.platform.startswith("linux"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def on_rank(rank):
     half, part = slice(rank * K // 2, (rank + 1) * K // 2), slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     found = {}
     for name, estimator in ESTIMATORS.items():
@@ -85,48 +76,29 @@ def on_rank(rank, port, queue):
         quantizer.codebook.assign(codes()[half])
         bare = Model(quantizer)
         assert ignore_shards(bare) == ["quantizer.codebook.weight"]
-        result = train(DistributedDataParallel(bare), bare, part)
-        found[name] = {key: _numpy(value) for key, value in result.items()}
-    queue.put((rank, found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _numpy(value):
-    if isinstance(value, dict):
-        return {key: one.numpy() for key, one in value.items()}
-    return [one.numpy() for one in value] if isinstance(value, list) else value.numpy()
+        found[name] = train(DistributedDataParallel(bare), bare, part)
+    return found
 
 
 def test_two_shards_equal_one_codebook():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=on_rank, args=(rank, port, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(queue.get(timeout=180) for _ in workers)
-    for worker in workers:
-        worker.join(30)
+    found = two_processes(on_rank)
     for name, estimator in ESTIMATORS.items():
         whole = Model(VectorQuantizer(Codebook(K, D), estimator()))
         whole.quantizer.codebook.assign(codes())
         expected = train(whole, whole, slice(None))
         first, second = found[0][name], found[1][name]
         for step in range(STEPS):
-            joint = torch.cat([torch.tensor(one["indices"][step]) for one in (first, second)])
+            joint = torch.cat([one["indices"][step] for one in (first, second)])
             assert torch.equal(joint, expected["indices"][step]), name
             assert (joint[5] == -1).all()
             mean = (first["losses"][step] + second["losses"][step]) / 2
-            torch.testing.assert_close(torch.tensor(mean), expected["losses"][step])
+            torch.testing.assert_close(mean, expected["losses"][step])
         for one in (first, second):
-            torch.testing.assert_close(torch.tensor(one["codes"]), expected["codes"])
+            torch.testing.assert_close(one["codes"], expected["codes"])
             for key, value in expected["parameters"].items():
-                torch.testing.assert_close(torch.tensor(one["parameters"][key]), value)
-            assert (torch.tensor(one["decoded"])[2:] == torch.tensor(one["z"])[2:]).all()
-            assert torch.tensor(one["z"])[1].isnan().all()
+                torch.testing.assert_close(one["parameters"][key], value)
+            assert (one["decoded"][2:] == one["z"][2:]).all()
+            assert one["z"][1].isnan().all()
 
 
 def test_a_single_process_is_a_vector_quantizer():

@@ -35,7 +35,8 @@ def split_seed(seed: Tensor, parts: int) -> list[Tensor]:
 def check_equal_ranks(rows: int, device: torch.device) -> None:
     """Every rank must hold equally many rows; the device itself complains, the host does not wait for it."""
     if distributed():
-        most = torch.tensor([rows, -rows], device=device)
+        # made on the device: a copy from the host would wait for it, and no graph can hold it
+        most = rows * torch.arange(1, -2, -2, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         words = (
             f"x must have as many rows on every rank; got {rows} on rank {dist.get_rank()}, others elsewhere"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqkernels.checks import check_number, refuse
+from vqkernels.nn._autocast import full_precision
 from vqkernels.nn.estimators.base import (
     Choice,
     Context,
@@ -143,7 +144,7 @@ def _chunk(
     head: nn.Module, x: Tensor, codes: Tensor, seed: Tensor, tau: Tensor, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = head_logits(head, x, codes)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         noise = gumbel_noise(seed, len(x), len(codes), first, logits.dtype)
         log_q = torch.log_softmax(logits, dim=1)
         kl = math.log(len(codes)) + (log_q.exp() * log_q).sum(1)

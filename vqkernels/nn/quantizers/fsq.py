@@ -54,10 +54,15 @@ class FSQ(ImplicitQuantizer):
                 ValueError, "FSQ", "levels", "have a product of at most 2^62", math.prod(levels), "Pass fewer"
             )
         super().__init__(len(levels) if dim is None else dim, len(levels), channel_dim=channel_dim)
-        self._num_codes = math.prod(levels)
-        places = [math.prod(levels[:i]) for i in range(len(levels))]
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("place", torch.tensor(places), persistent=False)
+        self._num_codes, self._levels = math.prod(levels), tuple(levels)
+        self.keep_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        places = [math.prod(self._levels[:i]) for i in range(len(self._levels))]
+        return {
+            "levels": torch.tensor(self._levels, device="cpu"),
+            "place": torch.tensor(places, device="cpu"),
+        }
 
     @property
     def num_codes(self) -> int:
@@ -80,7 +85,7 @@ class FSQ(ImplicitQuantizer):
         return (digits - middle).float() / middle
 
     def extra_repr(self) -> str:
-        return f"levels={tuple(self.levels.tolist())}, dim={self.dim}"
+        return f"levels={self._levels}, dim={self.dim}"
 
 
 def factor_levels(num_codes: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class ImplicitQuantizer(Quantizer):
 
     Where x has another number of features than the grid, linear layers lead there and back.
 
-    A subclass writes `num_codes`, `points` and `snap`, and `penalty` where it has a loss.
+    A subclass writes `num_codes`, `points`, `snap` and `constants`, and `penalty` where it has a loss.
 
     Args:
         dim: D, features of x.
@@ -39,6 +40,24 @@ class ImplicitQuantizer(Quantizer):
         self.project_in = self.project_out = None
         if dim != grid_dim:
             self.project_in, self.project_out = nn.Linear(dim, grid_dim), nn.Linear(grid_dim, dim)
+
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers that follow from the arguments, by name, on the CPU: a state_dict does not hold them."""
+        raise NotImplementedError
+
+    def keep_constants(self) -> None:
+        """Register them; the last thing a constructor does."""
+        for name, value in self.constants().items():
+            self.register_buffer(name, value.to(torch.get_default_device()), persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> ImplicitQuantizer:
+        lost = [name for name in self.constants() if getattr(self, name).is_meta]
+        super()._apply(fn, recurse)
+        # a module made on the meta device, to load a state later, has no values that could move
+        for name in lost:
+            if not getattr(self, name).is_meta:
+                getattr(self, name).copy_(self.constants()[name])
+        return self
 
     @property
     def bits_per_latent(self) -> float:

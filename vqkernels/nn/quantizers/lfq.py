@@ -56,7 +56,10 @@ class LFQ(ImplicitQuantizer):
         self.diversity_weight = check_number(name, "diversity_weight", diversity_weight)
         self.commitment_weight = check_number(name, "commitment_weight", commitment_weight)
         self.sharpness = check_number(name, "sharpness", sharpness)
-        self.register_buffer("place", 1 << torch.arange(bits), persistent=False)
+        self.keep_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"place": 1 << torch.arange(self.grid_dim, device="cpu")}
 
     @property
     def num_codes(self) -> int:
@@ -91,7 +94,10 @@ class LFQ(ImplicitQuantizer):
         logits = 4 * self.sharpness * y / self.unit
         sure = (weight * _entropy(logits)).sum() / rows
         mean = _mean_over_ranks((weight * torch.sigmoid(logits)).reshape(-1, self.grid_dim).sum(0) / rows)
-        spread = torch.special.entr(mean) + torch.special.entr(1 - mean)
+        # where all rows agree on a bit to the last digit, the slope of its entropy is inf * 0
+        tiny = torch.finfo(mean.dtype).tiny
+        shares = torch.stack((mean, 1 - mean)).clamp_min(tiny)
+        spread = torch.special.entr(shares)
         loss = self.entropy_weight * (sure - self.diversity_weight * spread.sum())
         if self.commitment_weight:
             off = (y - self.unit * (2 * (y.detach() > 0).to(y.dtype) - 1)).square()

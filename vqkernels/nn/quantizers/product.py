@@ -130,8 +130,7 @@ class Product(Combined):
         y = first.inside(x.unflatten(-1, (groups, first.dim)))
         self._start(y, context, parts)
         codes = torch.stack([part.codes() for part in parts])
-        learned = any(part.codebook.learned for part in parts)
-        estimate: Estimate = first.estimator(y, codes, context._replace(learned=learned))
+        estimate: Estimate = first.estimator(y, codes, _learned(context, parts))
         for g, part in enumerate(parts):
             part.observe(y[..., g, :], estimate.indices[..., g])
         # a mean over the rows of all groups, in place of a mean for each
@@ -147,12 +146,12 @@ class Product(Combined):
             choice = estimator.choose(y.detach(), codes, context)
             points, indices = chosen_points(codes, choice).flatten(-2), choice.indices
             if estimator.has_loss:
-                loss = estimator.cross(y, codes, choice, context).loss * len(parts)
+                loss = estimator.cross(y, codes, choice, _learned(context, parts)).loss * len(parts)
         else:
             chosen = []
             seeds = split_seed(context.seed, len(parts))
             for part, group, seed in zip(parts, self._groups(x), seeds, strict=True):
-                its = context._replace(seed=seed)
+                its = context._replace(seed=seed, learned=part.codebook.learned)
                 part.start_codes(group, its)
                 codes = part.codes()
                 choice = part.estimator.choose(group.detach(), codes, its)
@@ -214,6 +213,10 @@ class Product(Combined):
             codebooks.append(torch.nn.functional.pad(part.export(), (before, after)))
             before += part.dim
         return stack_codebooks(codebooks)
+
+
+def _learned(context: Context, parts: list[VectorQuantizer]) -> Context:
+    return context._replace(learned=any(part.codebook.learned for part in parts))
 
 
 def _two_groups(spec: Spec) -> Product:

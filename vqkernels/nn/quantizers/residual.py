@@ -108,6 +108,7 @@ class Residual(Combined):
         for stage, its in zip(stages, self._contexts(x, context), strict=True):
             stage.start_codes(left, its)
             codes, estimator = stage.codes(), stage.estimator
+            its = its._replace(learned=stage.codebook.learned)
             choice = estimator.choose(left.detach(), codes, its)
             if estimator.has_loss:
                 loss = loss + estimator.cross(left, codes, choice, its).loss

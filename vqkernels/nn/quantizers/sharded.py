@@ -75,7 +75,8 @@ class ShardedVectorQuantizer(Quantizer):
         # each row has its own code now
         own = torch.arange(indices.numel(), device=x.device).view(indices.shape)
         own = torch.where(indices >= 0, own, -1)
-        estimate = self.estimator.cross(x, target, Choice(own), context)
+        its = context._replace(learned=self.codebook.learned)
+        estimate = self.estimator.cross(x, target, Choice(own), its)
         return Quantized(estimate.z, indices[..., None], estimate.loss)
 
     def evaluate_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
