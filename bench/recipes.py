@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -131,8 +131,8 @@ class Recipe:
         if self.make is not None:
             return self.make(k, d)
         codebook = _clustered(k, d, images) if self.features else self.codebook(k, d)
-        options = {"channel_dim": 1} | self.options
-        return VectorQuantizer(codebook, self.estimator(steps), self.upkeep(steps), **options)
+        estimator, upkeep = self.estimator(steps), self.upkeep(steps)
+        return VectorQuantizer(codebook, estimator, upkeep, channel_dim=1, **self.options)
 
     def stepper(self, model: VQVAE, steps: int) -> Callable[[Tensor, int], tuple[float, Tensor]]:
         """A call that trains on a batch and returns the loss and the training indices."""
@@ -191,13 +191,13 @@ def _clustered(k: int, d: int, images: ImageSet) -> Codebook:
 
 def _huh(**more: Any) -> Recipe:
     """Huh's baseline: k-means initialisation, then whatever is added."""
-    return Recipe(**({"upkeep": _kmeans()} | more))
+    return replace(Recipe(upkeep=_kmeans()), **more)
 
 
 def _hyper(kind: str, **more: Any) -> Recipe:
     """MQ's hyper-nets with the widths of the ablation, d' = 32 and K' = K, under its procedure."""
     codebook = lambda k, d: HyperNetCodebook(k, d, kind=kind)  # noqa: E731
-    return Recipe(**({"codebook": codebook, "procedure": "meta", "rate": HYPER_RATE} | more))
+    return replace(Recipe(codebook=codebook, procedure="meta", rate=HYPER_RATE), **more)
 
 
 def _sampling(steps: int) -> Estimator:
