@@ -250,7 +250,7 @@ RECIPES: dict[str, Recipe] = {
     "mq linear-1": _hyper("linear-1"),
     "mq linear-2": _hyper("linear-2"),
     "ema": Recipe(lambda steps: STE(codebook_weight=0), lambda k, d: EMACodebook(k, d, init="normal")),
-    "vqgan_fc": Recipe(codebook=lambda k, d: _learned(k, d // 2), options={"metric": "cosine", "dim": DIM}),
+    "vqgan_fc": Recipe(codebook=lambda k, d: _learned(k, d - 1), options={"metric": "cosine", "dim": DIM}),
     "vqgan_lc": Recipe(features=True),
     "simvq": Recipe(codebook=SimVQCodebook),
     "fsq": Recipe(make=lambda k, d: FSQ(factor_levels(k), dim=d, channel_dim=1)),
