@@ -36,6 +36,15 @@ from recipes import DIM, RECIPES, TABLES  # noqa: E402
 CODES, STEPS = 16, 3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # models this small gain nothing from more, and lose much where others use the cores
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def images():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
