@@ -34,12 +34,12 @@ WATCHED = 0.2
 HELD_OUT_IMAGES = 64
 
 
-def train(name: str, recipe: Recipe, images: ImageSet, steps: int) -> dict[str, object]:
+def train(name: str, recipe: Recipe, images: ImageSet, steps: int, seed: int = SEED) -> dict[str, object]:
     """Train one recipe and say how it ended."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     quantizer = recipe.quantizer(CODES, DIM, steps, images)
     # the same weights whatever the codebook drew
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = VQVAE(quantizer, width=WIDTH, latent_dim=DIM)
     step = recipe.stepper(model, steps)
     counts = torch.zeros(quantizer.num_indices, dtype=torch.int64)
@@ -64,6 +64,7 @@ def train(name: str, recipe: Recipe, images: ImageSet, steps: int) -> dict[str, 
         "ms_min": None,
         "ms_max": None,
         "steps": steps,
+        "seed": seed,
         "finite": finite,
         "loss_first": round(sum(losses[:tenth]) / tenth, 5),
         "loss_last": round(sum(losses[-tenth:]) / tenth, 5),
@@ -151,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is not finished, draw, and return 1 where a run was not finite or learned nothing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--rows", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--figure", type=Path, default=FIGURE)
@@ -159,14 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.fresh:
         options.out.unlink(missing_ok=True)
     found = records.read(options.out)[0] if options.out.exists() else []
-    done = {each["name"] for each in found if each["steps"] == options.steps}
+    done = {each["name"] for each in found if (each["steps"], each["seed"]) == (options.steps, options.seed)}
     # the sums of one thread are the same on every machine, and models this small gain nothing from two
     torch.set_num_threads(1)
-    images = load_images(TrainConfig(batch_size=BATCH, seed=SEED))
+    images = load_images(TrainConfig(batch_size=BATCH, seed=options.seed))
     for name in options.rows:
         if name in done:
             continue
-        one = train(name, RECIPES[name], images, options.steps)
+        one = train(name, RECIPES[name], images, options.steps, options.seed)
         records.append(options.out, [one])
         found.append(one)
         print(
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"  loss {one['loss_first']:.3f} -> {one['loss_last']:.3f}  {one['seconds']:5.1f} s",
             flush=True,
         )
-    found = [each for each in found if each["steps"] == options.steps]
+    found = [each for each in found if (each["steps"], each["seed"]) == (options.steps, options.seed)]
     draw(options.figure, found)
     print(f"{len(found)} recipes in {options.figure}")
     bad = [each["name"] for each in found if not each["finite"] or each["loss_last"] >= each["loss_first"]]

@@ -94,6 +94,15 @@ def test_what_is_recorded_is_the_papers_picture():
     assert {name: found[name]["usage"] for name in keep if found[name]["usage"] <= 0.9} == {}
 
 
+def test_other_seeds_show_it_too():
+    found = records.read(ROOT / "bench/results/papers-seeds.jsonl")[0]
+    assert {each["seed"] for each in found} == {1, 2}
+    used = {(each["name"], each["seed"]): each["usage"] for each in found}
+    for seed in (1, 2):
+        assert used["ste", seed] < 0.5 < used["affine", seed]
+        assert all(used[name, seed] > 0.9 for name in ("affine ema", "mq joint", "sf_diveq"))
+
+
 def _used(codebook, estimator, upkeep, seed):
     """Share of codes chosen at the end, of latents whose mean is four deviations away from the first codes'."""
     torch.manual_seed(seed)
