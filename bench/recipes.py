@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vqkernels.nn import (
     NSVQ,
     STE,
     AffineCodebook,
+    AffineEMACodebook,
     Codebook,
     DiVeQ,
     EMACodebook,
@@ -46,10 +48,18 @@ from vqkernels.nn.quantizers.fsq import factor_levels
 from vqkernels.train.alternated import Alternated
 from vqkernels.train.bilevel import MetaQuantization
 from vqkernels.train.data import ImageSet
+from vqkernels.train.procedure import Step
 
-LR = 5.5e-4
+# features of a latent
+DIM = 4
+# of Adam, for every row; it rises over the first tenth and falls like a cosine (Huh A.4, MQ 5)
+LR, RISE = 1e-3, 0.1
 # MQ's inner learning rate and Huh's table 10
 XI, NU, INNER = 1e-4, 1.0, 2
+# Huh tune the affine map's rate for each model
+AFFINE_SCALE = 30.0
+# how much faster than the rest the hyper-net learns, and its ablation with it
+HYPER_RATE = 10.0
 
 Parts = Callable[[int], Sequence[Upkeep]]
 
@@ -59,12 +69,11 @@ def _learned(k: int, d: int) -> Codebook:
 
 
 def _affine(k: int, d: int) -> Codebook:
-    return AffineCodebook(k, d)
+    return AffineCodebook(k, d, lr_scale=AFFINE_SCALE)
 
 
-def _hyper(kind: str) -> Callable[[int, int], Codebook]:
-    # the widths of MQ's ablation: d' = d and K' = K
-    return lambda k, d: HyperNetCodebook(k, d, kind=kind)
+def _affine_ema(k: int, d: int) -> Codebook:
+    return AffineEMACodebook(k, d, init="normal")
 
 
 def _importance(steps: int) -> list[Upkeep]:
@@ -103,6 +112,7 @@ class Recipe:
         make: a whole quantizer from K and D, for what is no `VectorQuantizer`.
         procedure: "joint", "alternated" or "meta".
         xi: of "meta".
+        rate: learning rate of the codebook, in units of the model's.
         features: whether the codes are a projection of clustered features.
     """
 
@@ -113,6 +123,7 @@ class Recipe:
     make: Callable[[int, int], Quantizer] | None = None
     procedure: str = "joint"
     xi: float = XI
+    rate: float = 1.0
     features: bool = False
 
     def quantizer(self, k: int, d: int, steps: int, images: ImageSet) -> Quantizer:
@@ -120,53 +131,55 @@ class Recipe:
         if self.make is not None:
             return self.make(k, d)
         codebook = _clustered(k, d, images) if self.features else self.codebook(k, d)
-        options = {"channel_dim": 1} | self.options
-        return VectorQuantizer(codebook, self.estimator(steps), self.upkeep(steps), **options)
+        estimator, upkeep = self.estimator(steps), self.upkeep(steps)
+        return VectorQuantizer(codebook, estimator, upkeep, channel_dim=1, **self.options)
 
     def stepper(self, model: VQVAE, steps: int) -> Callable[[Tensor, int], tuple[float, Tensor]]:
         """A call that trains on a batch and returns the loss and the training indices."""
-        codes = list(model.quantizer.parameters())
-        rest = [p for part in (model.encoder, model.decoder) for p in part.parameters()]
+        codes = {"params": list(model.quantizer.parameters()), "lr": self.rate * LR}
+        rest = {"params": [*model.encoder.parameters(), *model.decoder.parameters()], "lr": LR}
         if self.procedure == "joint":
-            return _joint(model, torch.optim.Adam([*rest, *codes], LR), steps)
-        optimizers = {
-            "codebook_optimizer": torch.optim.Adam(codes, LR),
-            "model_optimizer": torch.optim.Adam(rest, LR),
-        }
-        if self.procedure == "alternated":
-            procedure: Any = Alternated(model, F.mse_loss, inner=INNER, **optimizers)
+            optimizers = [torch.optim.Adam([rest, codes])]
+            train = _joint(model, optimizers[0])
         else:
-            procedure = MetaQuantization(model, F.mse_loss, xi=self.xi, **optimizers)
+            optimizers = [torch.optim.Adam([codes]), torch.optim.Adam([rest])]
+            parts: dict[str, Any] = {"codebook_optimizer": optimizers[0], "model_optimizer": optimizers[1]}
+            if self.procedure == "alternated":
+                procedure: Any = Alternated(model, F.mse_loss, inner=INNER, **parts)
+            else:
+                procedure = MetaQuantization(model, F.mse_loss, xi=self.xi, **parts)
+            train = procedure.step
+        groups = [(group, group["lr"]) for each in optimizers for group in each.param_groups]
 
         def run(batch: Tensor, number: int) -> tuple[float, Tensor]:
-            for optimizer in optimizers.values():
-                _set_rate(optimizer, number, steps)
-            found = procedure.step(batch)
+            for group, rate in groups:
+                group["lr"] = rate * _share(number, steps)
+            found = train(batch)
             return float(found.loss), found.indices
 
         return run
 
 
-def _joint(
-    model: VQVAE, optimizer: torch.optim.Optimizer, steps: int
-) -> Callable[[Tensor, int], tuple[float, Tensor]]:
+def _joint(model: VQVAE, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Step]:
     model.quantizer.follow(optimizer)
 
-    def run(batch: Tensor, number: int) -> tuple[float, Tensor]:
-        _set_rate(optimizer, number, steps)
+    def step(batch: Tensor) -> Step:
         out, indices, loss = model(batch)
-        total = F.mse_loss(out, batch) + loss
+        task = F.mse_loss(out, batch)
         optimizer.zero_grad()
-        total.backward()
+        (task + loss).backward()
         optimizer.step()
-        return float(total.detach()), indices
+        return Step((task + loss).detach(), task.detach(), indices)
 
-    return run
+    return step
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, number: int, steps: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = LR * (1.0 if number < 0.4 * steps else 0.5 if number < 0.7 * steps else 0.25)
+def _share(number: int, steps: int) -> float:
+    """Of the learning rate at a step: a linear rise, then half a cosine."""
+    rise = max(1, int(RISE * steps))
+    if number < rise:
+        return (number + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (number - rise) / (steps - rise)))
 
 
 def _clustered(k: int, d: int, images: ImageSet) -> Codebook:
@@ -178,7 +191,13 @@ def _clustered(k: int, d: int, images: ImageSet) -> Codebook:
 
 def _huh(**more: Any) -> Recipe:
     """Huh's baseline: k-means initialisation, then whatever is added."""
-    return Recipe(**({"upkeep": _kmeans()} | more))
+    return replace(Recipe(upkeep=_kmeans()), **more)
+
+
+def _hyper(kind: str, **more: Any) -> Recipe:
+    """MQ's hyper-nets with the widths of the ablation, d' = 32 and K' = K, under its procedure."""
+    codebook = lambda k, d: HyperNetCodebook(k, d, kind=kind)  # noqa: E731
+    return replace(Recipe(codebook=codebook, procedure="meta", rate=HYPER_RATE), **more)
 
 
 def _sampling(steps: int) -> Estimator:
@@ -204,6 +223,7 @@ RECIPES: dict[str, Recipe] = {
     "lru": Recipe(upkeep=_lru),
     "lru kmeans": Recipe(upkeep=_kmeans(_lru)),
     "affine": _huh(codebook=_affine),
+    "affine ema": Recipe(codebook=_affine_ema),
     "sync": _huh(estimator=lambda steps: STE(sync=NU)),
     "alternated": _huh(procedure="alternated"),
     "opt": _huh(estimator=lambda steps: STE(sync=NU), procedure="alternated"),
@@ -223,14 +243,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     "l2": _huh(options={"metric": "cosine"}),
     "l2 lru": _huh(options={"metric": "cosine"}, upkeep=_kmeans(_lru)),
-    "mq": Recipe(codebook=_hyper("mlp"), procedure="meta"),
-    "mq xi 0": Recipe(codebook=_hyper("mlp"), procedure="meta", xi=0.0),
-    "mq joint": Recipe(codebook=_hyper("mlp")),
-    "mq identity": Recipe(codebook=_hyper("identity"), procedure="meta"),
-    "mq linear-1": Recipe(codebook=_hyper("linear-1"), procedure="meta"),
-    "mq linear-2": Recipe(codebook=_hyper("linear-2"), procedure="meta"),
+    "mq": _hyper("mlp"),
+    "mq xi 0": _hyper("mlp", xi=0.0),
+    "mq joint": _hyper("mlp", procedure="joint"),
+    "mq identity": _hyper("identity"),
+    "mq linear-1": _hyper("linear-1"),
+    "mq linear-2": _hyper("linear-2"),
     "ema": Recipe(lambda steps: STE(codebook_weight=0), lambda k, d: EMACodebook(k, d, init="normal")),
-    "vqgan_fc": Recipe(codebook=lambda k, d: _learned(k, 8), options={"metric": "cosine", "dim": 32}),
+    "vqgan_fc": Recipe(codebook=lambda k, d: _learned(k, d - 1), options={"metric": "cosine", "dim": DIM}),
     "vqgan_lc": Recipe(features=True),
     "simvq": Recipe(codebook=SimVQCodebook),
     "fsq": Recipe(make=lambda k, d: FSQ(factor_levels(k), dim=d, channel_dim=1)),
@@ -262,7 +282,8 @@ TABLES: dict[str, Rows] = {
     ],
     "Huh et al., table 2": [
         ("baseline", "ste kmeans"),
-        ("affine", "affine"),
+        ("affine, learned", "affine"),
+        ("affine, running moments (normal start)", "affine ema"),
         ("sync", "sync"),
         ("alternated", "alternated"),
         ("replace", "lru kmeans"),

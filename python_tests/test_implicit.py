@@ -107,8 +107,7 @@ def test_binary_equation(kind, sharpness):
     # BSQ: distances on the sphere are measured in units of its points' distance from 0
     p = soft_assignment(u / unit, points / unit, sharpness)
     entropy = torch.special.entr(p).sum(1).mean()
-    positive = (p @ (points > 0).double()).mean(0)
-    spread = (torch.special.entr(positive) + torch.special.entr(1 - positive)).sum()
+    spread = torch.special.entr(p.mean(0)).sum()
     reference = 0.7 * (entropy - 1.3 * spread)
     if kind is LFQ:
         reference = reference + 0.25 * (y - points[expected]).square().mean()
@@ -116,8 +115,28 @@ def test_binary_equation(kind, sharpness):
     torch.testing.assert_close(z, q, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-11, atol=1e-12)
-    # independent bits have at least the entropy of what they belong to
-    assert spread >= torch.special.entr(p.mean(0)).sum() - 1e-12
+
+
+def test_many_bits_are_spread_in_groups():
+    """Beyond 12 bits the entropy of the mean is the sum of those of even groups, each exact."""
+    bits = 14
+    x = torch.randn(50, bits, dtype=torch.float64, device=DEVICE)
+    loss = LFQ(bits, entropy_weight=1.0, commitment_weight=0.0).to(DEVICE)(x).loss
+    p = torch.sigmoid(4 * x)
+    sure = (torch.special.entr(p) + torch.special.entr(1 - p)).sum(1).mean()
+    spread = 0.0
+    for group in p.chunk(2, dim=1):
+        codes = torch.tensor(list(itertools.product((0, 1), repeat=7)), device=DEVICE)
+        mean = torch.where(codes.bool(), group[:, None], 1 - group[:, None]).prod(-1).mean(0)
+        spread += torch.special.entr(mean).sum()
+    torch.testing.assert_close(loss, sure - spread, rtol=1e-12, atol=1e-12)
+
+
+def test_correlated_bits_are_not_mistaken_for_many_codes():
+    """All bits equal: two codes, of which the entropy of the mean knows ln 2 and not b ln 2."""
+    y = torch.tensor([[1.0] * 6, [-1.0] * 6], device=DEVICE) * 9
+    loss = LFQ(6, entropy_weight=1.0, commitment_weight=0.0, sharpness=1.0).to(DEVICE)(y).loss
+    torch.testing.assert_close(loss, torch.tensor(-math.log(2), device=DEVICE))
 
 
 def test_bsq_error_is_bounded():

@@ -12,16 +12,19 @@ from vqkernels.nn.methods import Method, Spec, register
 from vqkernels.nn.quantizers.implicit import ImplicitQuantizer
 from vqkernels.ops import unit_rows
 
+# bits whose joint entropy is exact: 2^12 codes, by products of 2^6
+_GROUP = 12
+
 
 class LFQ(ImplicitQuantizer):
     """Lookup-free quantization: the sign of each of b features is a bit of the index (Yu et al. 2024, MAGVIT-v2).
 
         z    = y + sg[sign(y) - y],   sign(0) = -1
-        loss = entropy (sum_b E[H(p_b)] - diversity sum_b H(E[p_b])) + commitment |y - sg[sign(y)]|^2
-        p_b  = sigmoid(4 sharpness y_b), the share of the positive point in softmax(-sharpness |y - c|^2)
+        loss = entropy (E[H(p)] - diversity H(E[p])) + commitment |y - sg[sign(y)]|^2
+        p    = softmax(-sharpness |y - c|^2) over all codes, a product of p_b = sigmoid(4 sharpness y_b)
 
-    The entropy of the mean is that of independent bits, an upper bound of the codebook's, which makes it a sum over b
-    features instead of 2^b codes (Zhao et al. 2025). E is over rows that count, of all processes.
+    H(E[p]) is that of the codebook up to b = 12; beyond, the sum of those of groups of 12 bits or fewer, an upper bound
+    (as in Zhao et al. 2025). E is over rows that count, of all processes.
 
     Args:
         bits: b; K = 2^b codes, at most 2^62.
@@ -93,11 +96,11 @@ class LFQ(ImplicitQuantizer):
         rows = rows.clamp_min(1)
         logits = 4 * self.sharpness * y / self.unit
         sure = (weight * _entropy(logits)).sum() / rows
-        mean = _mean_over_ranks((weight * torch.sigmoid(logits)).reshape(-1, self.grid_dim).sum(0) / rows)
-        # where all rows agree on a bit to the last digit, the slope of its entropy is inf * 0
-        tiny = torch.finfo(mean.dtype).tiny
-        shares = torch.stack((mean, 1 - mean)).clamp_min(tiny)
-        spread = torch.special.entr(shares)
+        shares = _mean_over_ranks(
+            _mean_shares(torch.sigmoid(logits).reshape(-1, self.grid_dim), weight) / rows
+        )
+        # where all rows agree to the last digit, the slope of the entropy is inf * 0
+        spread = torch.special.entr(shares.clamp_min(torch.finfo(shares.dtype).tiny))
         loss = self.entropy_weight * (sure - self.diversity_weight * spread.sum())
         if self.commitment_weight:
             off = (y - self.unit * (2 * (y.detach() > 0).to(y.dtype) - 1)).square()
@@ -150,6 +153,25 @@ def _entropy(logits: Tensor) -> Tensor:
     """H of a Bernoulli variable in nats, from its logit: ln(1 + e^l) - l sigmoid(l), smooth at both ends."""
     # softplus would leave out e^-l from l = 20 on
     return torch.logaddexp(logits, torch.zeros_like(logits)) - logits * torch.sigmoid(logits)
+
+
+def _mean_shares(p: Tensor, weight: Tensor) -> Tensor:
+    """Sums over rows of the probabilities of all codes of each group of bits, in a row: p (N, b), weight (..., 1)."""
+    groups = -(-p.shape[1] // _GROUP)
+    found = []
+    for bits in p.tensor_split(groups, dim=1):
+        first, second = (_products(half) for half in bits.tensor_split(2, dim=1))
+        # a code's probability is a product of two: the sum over rows is one small matrix product
+        found.append((first.t() @ (weight.reshape(-1, 1) * second)).flatten())
+    return torch.cat(found)
+
+
+def _products(p: Tensor) -> Tensor:
+    """Probabilities of all 2^b settings of independent bits: (N, b) -> (N, 2^b)."""
+    found = torch.ones_like(p[:, :1]) if p.shape[1] else p.new_ones(len(p), 1)
+    for one in p.split(1, dim=1):
+        found = torch.cat((found * (1 - one), found * one), dim=1)
+    return found
 
 
 def _mean_over_ranks(mean: Tensor) -> Tensor:
