@@ -2,7 +2,8 @@
 # make test        all tests of a machine without a GPU
 # make check       format, lint, types, then the tests
 # make sanitize    the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer, in builds of their own
-# make bench       time the ops beside their peers; writes bench/results, the figures of docs and the tables of README.md
+# make bench       time the ops beside their peers and all quantizers; writes bench/results, the figures of docs and the tables of README.md
+# make papers      train every row of the papers' tables on photographs; writes bench/results, docs and README.md
 # make bench-micro time every compiled op alone
 # make gpu         on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
@@ -18,7 +19,7 @@ FORMATTED := vqkernels python_tests bench setup.py
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
 
-.PHONY: demo test check check-all sanitize bench bench-micro gpu lint format native clean
+.PHONY: demo test check check-all sanitize bench papers bench-micro gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -41,6 +42,12 @@ bench: $(VENV)/bench
 	$(PY) bench/curves.py
 	$(PY) bench/figures.py
 	$(PY) bench/readme.py README.md
+	$(PY) bench/quantizers.py
+	$(PY) bench/family.py README.md docs/quantizers.md
+
+papers: $(VENV)/bench
+	$(PY) bench/papers.py
+	$(PY) bench/family.py README.md docs/quantizers.md
 
 bench-micro: $(VENV)/bench
 	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
