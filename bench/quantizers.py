@@ -33,8 +33,10 @@ BASE = "diveq"
 # the targets: times DiVeQ's, and what may take longer because it needs all logits, in MB
 MOST_TIMES, MOST_MB = 1.5, 500
 STREAMED = ("gumbel", "stochastic")
-# two searches, or one of two groups
-COMPOSED = ("residual", "product")
+# two searches, or one of two groups; and what trains the entropy of all codes, with two linear layers
+COMPOSED, PENALIZED = ("residual", "product"), ("lfq", "bsq")
+# what the target does not bind
+FREE = (*STREAMED, *COMPOSED, *PENALIZED)
 # rows that are searched again in float64
 CHECKED = 2048
 # an optimizer that never steps

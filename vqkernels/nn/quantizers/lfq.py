@@ -95,10 +95,11 @@ class LFQ(ImplicitQuantizer):
         rows = counted.sum().to(y.dtype) if context.mean_rows is None else context.mean_rows.to(y.dtype)
         rows = rows.clamp_min(1)
         logits = 4 * self.sharpness * y / self.unit
-        sure = (weight * _entropy(logits)).sum() / rows
-        shares = _mean_over_ranks(
-            _mean_shares(torch.sigmoid(logits).reshape(-1, self.grid_dim), weight) / rows
-        )
+        # ln(1 + e^l); torch's softplus would leave out e^-l from l = 20 on
+        softplus = torch.logaddexp(logits, torch.zeros_like(logits))
+        # H of a bit, smooth at both ends
+        sure = (weight * (softplus - logits * torch.sigmoid(logits))).sum() / rows
+        shares = _mean_over_ranks(_share_sums(logits, softplus, weight) / rows)
         # where all rows agree to the last digit, the slope of the entropy is inf * 0
         spread = torch.special.entr(shares.clamp_min(torch.finfo(shares.dtype).tiny))
         loss = self.entropy_weight * (sure - self.diversity_weight * spread.sum())
@@ -149,29 +150,25 @@ class BSQ(LFQ):
         return unit_rows(y)
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """H of a Bernoulli variable in nats, from its logit: ln(1 + e^l) - l sigmoid(l), smooth at both ends."""
-    # softplus would leave out e^-l from l = 20 on
-    return torch.logaddexp(logits, torch.zeros_like(logits)) - logits * torch.sigmoid(logits)
-
-
-def _mean_shares(p: Tensor, weight: Tensor) -> Tensor:
-    """Sums over rows of the probabilities of all codes of each group of bits, in a row: p (N, b), weight (..., 1)."""
-    groups = -(-p.shape[1] // _GROUP)
-    found = []
-    for bits in p.tensor_split(groups, dim=1):
-        first, second = (_products(half) for half in bits.tensor_split(2, dim=1))
+def _share_sums(logits: Tensor, softplus: Tensor, weight: Tensor) -> Tensor:
+    """Sums over rows of the probabilities of all codes of each group of bits, in a row: (..., b), (..., 1) -> (groups,)."""
+    bits, found = logits.shape[-1], []
+    flat = logits.reshape(-1, bits), softplus.reshape(-1, bits)
+    for group in zip(*(part.tensor_split(-(-bits // _GROUP), dim=1) for part in flat), strict=True):
+        first, second = (
+            _products(*half) for half in zip(*(part.tensor_split(2, dim=1) for part in group), strict=True)
+        )
         # a code's probability is a product of two: the sum over rows is one small matrix product
         found.append((first.t() @ (weight.reshape(-1, 1) * second)).flatten())
     return torch.cat(found)
 
 
-def _products(p: Tensor) -> Tensor:
-    """Probabilities of all 2^b settings of independent bits: (N, b) -> (N, 2^b)."""
-    found = torch.ones_like(p[:, :1]) if p.shape[1] else p.new_ones(len(p), 1)
-    for one in p.split(1, dim=1):
-        found = torch.cat((found * (1 - one), found * one), dim=1)
-    return found
+def _products(logits: Tensor, softplus: Tensor) -> Tensor:
+    """Probabilities of all 2^b settings of independent bits with these logits: (N, b) -> (N, 2^b)."""
+    place = torch.arange(logits.shape[1], device=logits.device)
+    settings = torch.arange(1 << logits.shape[1], device=logits.device)[:, None] >> place & 1  # (2^b, b)
+    # ln p = l - ln(1 + e^l), ln(1 - p) = -ln(1 + e^l)
+    return (logits @ settings.t().to(logits.dtype) - softplus.sum(1, keepdim=True)).exp()
 
 
 def _mean_over_ranks(mean: Tensor) -> Tensor:
