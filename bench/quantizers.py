@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.unlink(missing_ok=True)
     records.append(options.out, sorted([*kept, *found], key=lambda each: list(METHODS).index(each["name"])))
     late = [
-        each["name"] for each in found if each["over_diveq"] > MOST_TIMES and each["name"] not in STREAMED
+        each["name"] for each in found if each["over_diveq"] > MOST_TIMES and each["name"] not in FREE
     ]
     large = [each["name"] for each in found if (each["extra_mb"] or 0) > MOST_MB]
     for words, names in ((f"more than {MOST_TIMES}x DiVeQ", late), (f"more than {MOST_MB} MB", large)):
