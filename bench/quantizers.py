@@ -162,9 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = [each for each in kept if each["name"] not in options.names]
     options.out.unlink(missing_ok=True)
     records.append(options.out, sorted([*kept, *found], key=lambda each: list(METHODS).index(each["name"])))
-    late = [
-        each["name"] for each in found if each["over_diveq"] > MOST_TIMES and each["name"] not in FREE
-    ]
+    late = [each["name"] for each in found if each["over_diveq"] > MOST_TIMES and each["name"] not in FREE]
     large = [each["name"] for each in found if (each["extra_mb"] or 0) > MOST_MB]
     for words, names in ((f"more than {MOST_TIMES}x DiVeQ", late), (f"more than {MOST_MB} MB", large)):
         if names:

@@ -209,7 +209,7 @@ class AffineEMACodebook(_Affine):
 register(
     "affine",
     Method(
-        "codes that nobody chose follow the rest; tune its lr_scale, or normalize the latents",
+        "codes that nobody chose follow the rest; start by k-means and tune its lr_scale",
         source="Huh et al. 2023, eq. 15 and A.1",
         codebook=lambda spec: AffineCodebook(spec.num_codes, spec.dim),
         estimator=lambda spec: STE(),

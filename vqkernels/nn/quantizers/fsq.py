@@ -123,7 +123,7 @@ def factor_levels(num_codes: int) -> list[int]:
 register(
     "fsq",
     Method(
-        "no codebook at all, nothing can collapse; best for large K",
+        "no codebook and no loss, nothing to tune; for large K",
         source="Mentzer et al. 2024",
         make=lambda spec: FSQ(factor_levels(spec.num_codes), dim=spec.dim, channel_dim=spec.channel_dim),
         upkeep=False,

@@ -203,7 +203,7 @@ def _bsq(spec: Spec) -> BSQ:
 register(
     "lfq",
     Method(
-        "binary codes without a table, K up to 2^62; an entropy loss keeps them in use",
+        "binary codes without a table, K up to 2^62; an entropy loss spreads them",
         source="Yu et al. 2024",
         make=_lfq,
         upkeep=False,
