@@ -86,6 +86,10 @@ def launch(
     x: Tensor, codebook: Tensor, dither: Tensor | None, exact: bool, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Indices int64 and squared distances float32 of (B, M, D) rows, or of (G, B, M, D) in codebooks (G, K, D)."""
+    # of one search, before anything of that size is made
+    rows = x.shape[:-1].numel() // (1 if codebook.dim() == 2 else max(1, len(codebook)))
+    if rows >= 1 << 31:
+        raise BackendError(f"nearest_code: triton takes fewer than 2^31 rows; got {rows}. Split the batch.")
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     sq_dist = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if codebook.dim() == 2:
@@ -109,8 +113,6 @@ def _search(
 ) -> None:
     """One search of (B, M, D) rows, into indices and squared distances."""
     rows = indices.numel()
-    if rows >= 1 << 31:
-        raise BackendError(f"nearest_code: triton takes fewer than 2^31 rows; got {rows}. Split the batch.")
     if rows == 0:
         return
     plan = Plan(x.dtype, codebook.dtype, dither is not None)
