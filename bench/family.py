@@ -32,19 +32,18 @@ def short_table(costs: Sequence[Record], trained: Sequence[Record]) -> str:
 
 
 def long_table(costs: Sequence[Record], trained: Sequence[Record]) -> str:
-    """The same with equation, what it combines with, time and memory."""
+    """The same with its source, what is advised beside it, and memory."""
     by_name = {each["name"]: each for each in costs}
     lines = [
-        "| name | when to use it | source | noise | advised | forward + backward | x `diveq` | memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| name | when to use it | source | noise | advised | x `diveq` | memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, method in METHODS.items():
         one = by_name.get(name)
-        time = "-" if one is None else f"{one['ms_p50']:.3g} ms"
         megabytes = "-" if one is None or one["extra_mb"] is None else f"{one['extra_mb']:.0f} MB"
         advised = "warm-up" if method.warm_up else "replacement" if method.replace else ""
         noise = "`noise_std`" if method.noisy else ""
-        cells = [f"`{name}`", method.summary, method.source, noise, advised, time, _times(one), megabytes]
+        cells = [f"`{name}`", method.summary, method.source, noise, advised, _times(one), megabytes]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
