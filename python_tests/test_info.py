@@ -19,7 +19,7 @@ def test_info_names_every_op_and_backend(capsys):
 
 
 def test_info_works_and_the_rest_says_what_to_install(monkeypatch, capsys):
-    import vqkernels.__main__ as module
+    import vqkernels.cli.info as module
 
     find = module.importlib.util.find_spec
     monkeypatch.setattr(

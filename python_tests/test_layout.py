@@ -19,6 +19,7 @@ LAYERS = [
     {"nn"},
     {"models"},
     {"train", "compat", "profiling"},
+    {"cli"},
     {"__main__", "testing"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -25,6 +25,7 @@ def build(
     noise_std: float | None = None,
     upkeep: Sequence[Upkeep] = (),
     basis: Tensor | None = None,
+    steps: int | None = None,
 ) -> Quantizer:
     """Make one of the usual quantizers by its short name.
 
@@ -37,6 +38,8 @@ def build(
         upkeep: such as `[ImportanceReplacement(TwoPhase(steps))]`; none by default, also no warm-up. Where there are
             several stages or groups, each has a copy of its own.
         basis: (K, d') features that the codes of "vqgan_lc" are projected from.
+        steps: optimizer steps of the training, over which the temperatures of "gumbel" and "stochastic" fall; 10,000
+            when left out.
 
     Raises:
         TypeError, ValueError: the name is unknown, a size does not fit, or the method has no use for a `noise_std`, an
@@ -58,7 +61,9 @@ def build(
         requirement = f"be None for {name!r}, which has none"
         refuse(ValueError, "build", "basis", requirement, "a basis", "Leave it out")
     noise = NOISE_STD if noise_std is None else check_noise_std("build", noise_std)
-    spec = Spec(dim, num_codes, channel_dim, noise, upkeep, basis)
+    if steps is not None:
+        check_count("build", "steps", steps, minimum=1)
+    spec = Spec(dim, num_codes, channel_dim, noise, upkeep, basis, steps)
     if method.make is not None:
         return method.make(spec)
     codebook = Codebook(num_codes, dim) if method.codebook is None else method.codebook(spec)

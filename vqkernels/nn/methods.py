@@ -28,6 +28,7 @@ class Spec:
         noise_std: standard deviation of the noise in units of x, for methods that have one.
         upkeep: how codes start and stay alive.
         basis: (K, d') features that codes are made of, for methods that take some.
+        steps: optimizer steps of the training, for methods with a schedule; None where it is not known.
     """
 
     dim: int
@@ -36,6 +37,7 @@ class Spec:
     noise_std: float
     upkeep: Sequence[Upkeep]
     basis: Tensor | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)

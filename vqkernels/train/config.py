@@ -6,20 +6,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
 
-from vqkernels.checks import check_choice, check_count, check_noise_std, refuse
+from vqkernels.checks import refuse
 from vqkernels.nn import METHODS, Method
-
-if TYPE_CHECKING:
-    QuantizerName = str
-else:
-    QuantizerName = Literal[tuple(METHODS)]
-Upkeep = Literal["paper", "none", "replacement", "warmup", "both"]
-Precision = Literal["no", "fp16", "bf16"]
+from vqkernels.train.options import (
+    GROUPS,
+    NAME,
+    DataOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizationOptions,
+    ProcedureOptions,
+    QuantizerOptions,
+    RunOptions,
+)
 
 # fields that change neither the weights a run ends with nor the numbers it measures
-FREE_FIELDS = frozenset({"out", "checkpoint_every", "log_every", "evaluate_every"})
+FREE_FIELDS = frozenset({"out", "checkpoint_every", "keep", "log_every", "evaluate_every", "tracker"})
 
 
 class RunError(RuntimeError):
@@ -27,71 +30,17 @@ class RunError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a VQ-VAE: every field is a flag, and the checkpoint stores them all."""
-
-    quantizer: QuantizerName = "sf_diveq"
-    """How latents become codes and gradients come back."""
-
-    num_codes: int = 256
-    """Codes in the codebook, K."""
-
-    latent_dim: int = 32
-    """Features of a latent and of a code, D."""
-
-    noise_std: float = 1e-3**0.5
-    """Standard deviation of the direction noise of the DiVeQ family, in units of a latent."""
-
-    upkeep: Upkeep = "paper"
-    """Keeping codes alive. paper: what the method's paper does, such as a warm-up for sf_*, replacement for diveq*."""
-
-    warmup: float = 0.1
-    """Fraction of the steps without quantization; the codes then start as means of recent latents."""
-
-    width: int = 64
-    """Channels of the hidden layers."""
-
-    downsamplings: int = 2
-    """How often height and width are halved; a latent covers 2^downsamplings pixels squared."""
-
-    residual_blocks: int = 2
-    """Residual blocks in the encoder, and as many in the decoder."""
-
-    data: str = "photos"
-    """photos: the scenes inside scikit-image; else a folder of images, or of CIFAR-10's Python files."""
-
-    crop: int = 32
-    """Height and width of a training crop, in pixels."""
-
-    augment: bool = True
-    """Half of the crops are mirrored and the exposure of all is changed a little; the flag switches it off."""
-
-    batch_size: int = 64
-    """Crops in a step, over all processes together."""
-
-    steps: int = 1200
-    """Optimizer steps; the learning rate, warm-up and replacement follow fractions of it."""
-
-    lr: float = 5.5e-4
-    """Learning rate of Adam, halved at 40 % and again at 70 % of the steps."""
-
-    precision: Precision = "no"
-    """Mixed precision, through Accelerate."""
-
-    seed: int = 0
-    """Seed of the weights, the crops and the noise."""
-
-    out: str = "runs/train"
-    """Folder for checkpoint.pt and metrics.jsonl."""
-
-    checkpoint_every: int = 100
-    """Steps between checkpoints."""
-
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl; a line holds means over the steps since the last."""
-
-    evaluate_every: int = 100
-    """Steps between measurements on held-out images."""
+class TrainConfig(
+    # fields come in the order of the bases from the last to the first
+    RunOptions,
+    ProcedureOptions,
+    OptimizationOptions,
+    ObjectiveOptions,
+    DataOptions,
+    ModelOptions,
+    QuantizerOptions,
+):
+    """Everything about a run: every field is a flag, and the checkpoint stores them all."""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have.
@@ -105,33 +54,24 @@ class TrainConfig:
             raise RunError(str(error)) from error
 
     def _check(self) -> None:
-        name = "train"
-        check_choice(name, "quantizer", self.quantizer, tuple(METHODS))
-        check_choice(name, "upkeep", self.upkeep, get_args(Upkeep))
-        check_choice(name, "precision", self.precision, get_args(Precision))
-        check_count(name, "num_codes", self.num_codes, minimum=2 if self.method.segments else 1)
-        for field in ("latent_dim", "width", "crop", "batch_size", "steps"):
-            check_count(name, field, getattr(self, field), minimum=1)
-        for field in ("checkpoint_every", "log_every", "evaluate_every"):
-            check_count(name, field, getattr(self, field), minimum=1)
-        check_count(name, "downsamplings", self.downsamplings, maximum=16)
-        for field in ("residual_blocks", "seed"):
-            check_count(name, field, getattr(self, field))
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            refuse(ValueError, name, "lr", "be finite and above 0", self.lr, "Pass a rate such as 5.5e-4")
-        check_noise_std(name, self.noise_std)
-        if not 0 < self.warmup < 1:
-            refuse(
-                ValueError,
-                name,
-                "warmup",
-                "be a fraction between 0 and 1",
-                self.warmup,
-                "Pass, for example, 0.2",
+        for group in GROUPS:
+            group.check(self)
+        self._check_codes()
+        self._check_objective()
+        if self.crop % self.factor:
+            requirement = f"be a multiple of 2^downsamplings = {self.factor}"
+            fix = (
+                f"Pass --crop {max(1, round(self.crop / self.factor)) * self.factor} or fewer down-samplings"
             )
-        if not self.data or not self.out:
-            field = "out" if self.data else "data"
-            refuse(ValueError, name, field, "name a folder", "an empty string", f"Pass --{field} FOLDER")
+            refuse(ValueError, NAME, "crop", requirement, self.crop, fix)
+        latents = self.warmup_steps * self.batch_size * (self.crop // self.factor) ** 2
+        if self.warms_up and latents < self.num_codes:
+            requirement = f"leave at least num_codes = {self.num_codes} latents to start the codes from"
+            got = f"{self.warmup_steps} steps with {latents} latents"
+            refuse(ValueError, NAME, "warmup", requirement, got, "Pass more --steps or a larger --batch-size")
+
+    def _check_codes(self) -> None:
+        name = NAME
         if not self.method.upkeep and self.upkeep not in ("paper", "none"):
             requirement = f"be paper or none for {self.quantizer}, which has no codes to keep alive"
             refuse(ValueError, name, "upkeep", requirement, self.upkeep, "Leave --upkeep out")
@@ -140,17 +80,26 @@ class TrainConfig:
                 f"be paper, warmup or none for {self.quantizer}, whose training indices are segments"
             )
             refuse(ValueError, name, "upkeep", requirement, self.upkeep, "Leave --upkeep out")
-        if self.crop % self.factor:
-            requirement = f"be a multiple of 2^downsamplings = {self.factor}"
-            fix = (
-                f"Pass --crop {max(1, round(self.crop / self.factor)) * self.factor} or fewer down-samplings"
-            )
-            refuse(ValueError, name, "crop", requirement, self.crop, fix)
-        latents = self.warmup_steps * self.batch_size * (self.crop // self.factor) ** 2
-        if self.warms_up and latents < self.num_codes:
-            requirement = f"leave at least num_codes = {self.num_codes} latents to start the codes from"
-            got = f"{self.warmup_steps} steps with {latents} latents"
-            refuse(ValueError, name, "warmup", requirement, got, "Pass more --steps or a larger --batch-size")
+        if self.start == "kmeans" and (self.warms_up or not self.method.upkeep):
+            why = "start as means of latents" if self.warms_up else "have no codes that can be overwritten"
+            requirement = f"be plain for runs of {self.quantizer}, which {why}"
+            refuse(ValueError, name, "start", requirement, self.start, "Leave --start out")
+
+    def _check_objective(self) -> None:
+        if self.procedure != "joint":
+            for field, plain in (("adversarial", 0), ("accumulate", 1), ("precision", None)):
+                value = getattr(self, field)
+                if value == "fp16" or (plain is not None and value != plain):
+                    requirement = (
+                        f"be {'no or bf16' if plain is None else plain} with procedure {self.procedure}"
+                    )
+                    refuse(ValueError, NAME, field, requirement, value, f"Leave --{field} out")
+        if self.multipliers and self.backbone != "vqgan":
+            requirement = f"be left out for backbone {self.backbone}, whose resolutions have one width"
+            refuse(ValueError, NAME, "multipliers", requirement, self.multipliers, "Pass --backbone vqgan")
+        if self.accumulate > self.batch_size or self.batch_size % self.accumulate:
+            requirement = f"divide batch_size = {self.batch_size}"
+            refuse(ValueError, NAME, "accumulate", requirement, self.accumulate, "Pass a divisor")
 
     @property
     def method(self) -> Method:
@@ -178,7 +127,7 @@ class TrainConfig:
         return self.upkeep in ("replacement", "both") or (self.upkeep == "paper" and self.method.replace)
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of one step: halved at 40 % and at 70 % of the run (DiVeQ).
+        """Return the learning rate of one step: its rise, then its schedule (DiVeQ A; Huh A.4; MQ 5).
 
         Args:
             step: 0-based step.
@@ -186,7 +135,14 @@ class TrainConfig:
         Returns:
             The rate.
         """
-        return self.lr * (1.0 if step < 0.4 * self.steps else 0.5 if step < 0.7 * self.steps else 0.25)
+        done = step / self.steps
+        rise = max(1, round(self.rise * self.steps)) if self.rise else 0
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise))) / 2
+        halved = sum(done >= moment for moment in self.halve_at) if self.schedule == "halving" else 0
+        return self.lr * 0.5**halved
 
     def to_json(self) -> str:
         """Return the configuration as one JSON object."""
@@ -215,7 +171,8 @@ class TrainConfig:
             got = sorted(set(values) ^ names) if isinstance(values, Mapping) else type(values).__name__
             requirement = "have exactly the fields of this version"
             refuse(RunError, "TrainConfig", "configuration", requirement, f"a difference in {got}", fix)
-        return cls(**values)
+        # JSON has lists where a configuration has tuples
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """Name the fields that make two runs different.

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from vqkernels.models import VQVAE
 from vqkernels.train.checkpoint import replace_file
-from vqkernels.train.config import QuantizerName, TrainConfig
+from vqkernels.train.config import TrainConfig
 from vqkernels.train.data import ImageSet
 from vqkernels.train.evaluate import Evaluation, evaluate, modes_of, reconstruct, to_pixels
 from vqkernels.train.log import Line, read_lines
 from vqkernels.train.loop import RunResult, train
 from vqkernels.train.plots import Row, draw_reconstructions, draw_training
 
-LABELS: dict[QuantizerName, str] = {"sf_diveq": "SF-DiVeQ", "ste": "STE"}
+LABELS: dict[str, str] = {"sf_diveq": "SF-DiVeQ", "ste": "STE"}
 COLUMNS = 4
 
 

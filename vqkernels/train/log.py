@@ -40,15 +40,22 @@ class Window:
         """Forget everything."""
         self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         self._counts = torch.zeros(self._num_indices, dtype=torch.int64, device=self._device)
+        self._extras: dict[str, Tensor] = {}
 
-    def add(self, loss: Tensor, mse: Tensor, indices: Tensor) -> None:
+    def add(
+        self, loss: Tensor, mse: Tensor, indices: Tensor, extras: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Count one step.
 
         Args:
             loss: 0-d, what was minimised.
             mse: 0-d mean squared error of images in [-1, 1].
             indices: (..., Q) int64, negative where nothing was quantized; Q = 1 in training.
+            extras: further 0-d tensors by name, whose means over the steps that have them are logged.
         """
+        for name, value in (extras or {}).items():
+            pair = torch.stack((value.detach().double(), value.new_ones((), dtype=torch.float64)))
+            self._extras[name] = self._extras.get(name, 0) + pair
         self._sums += torch.stack((loss.detach(), mse.detach(), torch.ones_like(mse))).double()
         self._counts += code_counts(indices, self._num_indices)
 
@@ -61,11 +68,13 @@ class Window:
         loss, mse, steps = reduce(self._sums).tolist()
         counts = reduce(self._counts)
         quantized = bool(counts.sum() > 0)
+        extras = {name: reduce(pair).tolist() for name, pair in sorted(self._extras.items())}
         return {
             "loss": loss / steps,
             "psnr": 10 * math.log10(4 * steps / max(mse, TINY)),
             "perplexity": float(perplexity(counts)) if quantized else None,
             "usage": float(usage(counts)) if quantized else None,
+            **{name: total / count for name, (total, count) in extras.items()},
         }
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -74,7 +83,8 @@ class Window:
         Args:
             reduce: returns the sum of a tensor over processes, as a copy.
         """
-        return {"sums": reduce(self._sums).cpu(), "counts": reduce(self._counts).cpu()}
+        extras = {f"extras.{name}": reduce(pair).cpu() for name, pair in sorted(self._extras.items())}
+        return {"sums": reduce(self._sums).cpu(), "counts": reduce(self._counts).cpu(), **extras}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned; in one process only, because the sums are of all.
@@ -84,6 +94,8 @@ class Window:
         """
         self._sums.copy_(state["sums"])
         self._counts.copy_(state["counts"])
+        extras = {name: pair for name, pair in state.items() if name.startswith("extras.")}
+        self._extras = {name.removeprefix("extras."): pair.to(self._device) for name, pair in extras.items()}
 
 
 class MetricsLog:

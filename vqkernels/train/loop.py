@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm import tqdm
@@ -21,8 +20,9 @@ from vqkernels.train.checkpoint import Checkpoint, load_checkpoint, open_folder
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet, load_images
 from vqkernels.train.evaluate import evaluate
+from vqkernels.train.learner import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
-from vqkernels.train.model import build_model
+from vqkernels.train.model import build_model, build_objective
 from vqkernels.train.timing import QuantizerShare
 
 # a measurement during training stops at this many held-out images; the final one takes them all
@@ -108,8 +108,11 @@ class _Run:
             # accelerate would train in float32 without a word
             fix = "Pass --precision bf16 or no"
             refuse(RunError, "train", "precision", "be one that this device has", "'fp16' on cpu", fix)
+        tracker = None if config.tracker == "none" else config.tracker
         try:
-            self.accelerator = Accelerator(mixed_precision=config.precision)
+            self.accelerator = Accelerator(
+                mixed_precision=config.precision, log_with=tracker, project_dir=config.out
+            )
         except ValueError as error:
             got = f"{config.precision!r} ({str(error).rstrip('.')})"
             refuse(RunError, "train", "precision", "be one that this device has", got, "Pass --precision no")
@@ -121,9 +124,7 @@ class _Run:
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)
         self.model = build_model(config)
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
-        self.model.quantizer.follow(optimizer)
-        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.learner = make_learner(config, self.accelerator, self.model, build_objective(config))
         self.window = Window(self.model.quantizer.num_indices, self.device)
         self.timer = QuantizerShare(self.model.quantizer, self.device)
 
@@ -146,6 +147,8 @@ class _Run:
         )
 
         def tell(line: Line) -> None:
+            numbers = {f"{line['split']}/{k}": v for k, v in line.items() if isinstance(v, float)}
+            self.accelerator.log(numbers, step=int(line["step"] or 0))
             if log is not None:
                 log.write(line)
                 bar.set_postfix_str(_postfix(line), refresh=False)
@@ -170,24 +173,18 @@ class _Run:
                     self.save(log)
                 if stopping:
                     break
-        # what measures the model from here on sees it as a checkpoint gives it back, in float32
-        self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
+        self.learner.finish()
+        self.accelerator.end_training()
 
     def train_step(self) -> None:
         """One optimizer step; nothing here waits for the device, save on the steps the timer samples."""
         step = self.step
         self.timer.begin(step, active=self.model.quantizer.initialized)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(step)
+        self.learner.begin(step)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batch = self.images.batch(step, rank=rank, world=world).to(self.device, non_blocking=True)
-        reconstruction, indices, quantizer_loss = self.prepared(batch)
-        mse = F.mse_loss(reconstruction, batch)
-        loss = mse + quantizer_loss
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.window.add(loss, mse, indices)
+        found = self.learner.step(batch, step)
+        self.window.add(found.loss, found.mse, found.indices, found.extras)
         self.timer.end()
         self.step += 1
 
@@ -236,7 +233,6 @@ class _Run:
         if log is None:
             return
         log.sync()
-        scaler = self.accelerator.scaler
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -244,17 +240,15 @@ class _Run:
             config=self.config,
             step=self.step,
             model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=scaler.state_dict() if scaler is not None else {},
+            optimizer=self.learner.state_dict(),
+            scaler={},
             window=window,
             rng=rng,
         ).save(self.config.checkpoint_path())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore_model(self.model, self.config.checkpoint_path())
-        self.optimizer.load_state_dict(dict(checkpoint.optimizer))
-        if self.accelerator.scaler is not None and checkpoint.scaler:
-            self.accelerator.scaler.load_state_dict(dict(checkpoint.scaler))
+        self.learner.load_state_dict(checkpoint.optimizer)
         if self.accelerator.is_main_process:
             self.window.restore(checkpoint.window)
         torch.set_rng_state(checkpoint.rng["cpu"])

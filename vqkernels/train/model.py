@@ -1,10 +1,29 @@
-"""From a configuration to its model."""
+"""From a configuration to its model and what judges it."""
+
+from collections.abc import Callable
 
 import torch
 
+from vqkernels.checks import refuse
 from vqkernels.models import VQVAE
-from vqkernels.nn import ImportanceReplacement, LatentMeans, TwoPhase, Upkeep, build
-from vqkernels.train.config import TrainConfig
+from vqkernels.nn import (
+    STE,
+    Every,
+    ImportanceReplacement,
+    KMeansInit,
+    LatentMeans,
+    LeastRecentlyUsed,
+    Quantizer,
+    RepeatedKMeans,
+    TwoPhase,
+    Upkeep,
+    build,
+)
+from vqkernels.train.config import RunError, TrainConfig
+from vqkernels.train.objective import Objective
+
+# k-means fits codes anew so often in a run
+REFITS = 6
 
 
 def build_model(config: TrainConfig) -> VQVAE:
@@ -14,30 +33,86 @@ def build_model(config: TrainConfig) -> VQVAE:
         config: of the run.
 
     Returns:
-        The VQ-VAE, on the CPU.
+        The autoencoder, on the CPU.
+
+    Raises:
+        RunError: the parts do not fit together.
     """
-    upkeep: list[Upkeep] = []
-    if config.warms_up:
-        upkeep.append(LatentMeans(config.warmup_steps))
-    if config.replaces:
-        upkeep.append(ImportanceReplacement(TwoPhase.scaled(config.steps)))
+    try:
+        model = BACKBONES[config.backbone](config, build_quantizer(config))
+    except (TypeError, ValueError) as error:
+        raise RunError(str(error)) from error
+    # convolutions and quantizer both read latents row by row in this layout
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def build_quantizer(config: TrainConfig) -> Quantizer:
+    """Build the quantizer of a run, for NCHW latents.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        TypeError, ValueError: the method has no use for an option.
+    """
     quantizer = build(
         config.quantizer,
         dim=config.latent_dim,
         num_codes=config.num_codes,
         channel_dim=1,
         noise_std=config.noise_std if config.method.noisy else None,
-        upkeep=upkeep,
+        upkeep=_upkeep(config),
+        steps=config.steps,
     )
-    model = VQVAE(
+    for field in ("codebook_weight", "commitment_weight"):
+        weight = getattr(config, field)
+        parts = [part for part in quantizer.modules() if isinstance(part, STE)]
+        if weight is not None and not parts:
+            requirement = f"be left out for {config.quantizer}, which has no such loss"
+            refuse(ValueError, "train", field, requirement, weight, f"Leave --{field.replace('_', '-')} out")
+        for part in parts if weight is not None else []:
+            setattr(part, field, weight)
+    return quantizer
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """Build what judges reconstructions, with LPIPS where its weights are given.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        RunError: the weights cannot be read.
+    """
+    return Objective(config)
+
+
+def _upkeep(config: TrainConfig) -> list[Upkeep]:
+    upkeep: list[Upkeep] = []
+    if config.warms_up:
+        upkeep.append(LatentMeans(config.warmup_steps))
+    if config.start == "kmeans":
+        upkeep.append(KMeansInit())
+    if config.replaces:
+        upkeep.append(ImportanceReplacement(TwoPhase.scaled(config.steps)))
+    if config.upkeep == "lru":
+        upkeep.append(LeastRecentlyUsed())
+    if config.upkeep == "repeated":
+        upkeep.append(RepeatedKMeans(Every(max(1, config.steps // REFITS))))
+    return upkeep
+
+
+def _diveq(config: TrainConfig, quantizer: Quantizer) -> VQVAE:
+    return VQVAE(
         quantizer,
         width=config.width,
         latent_dim=config.latent_dim,
         downsamplings=config.downsamplings,
         residual_blocks=config.residual_blocks,
     )
-    # convolutions and quantizer both read latents row by row in this layout
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
+
+
+BACKBONES: dict[str, Callable[[TrainConfig, Quantizer], VQVAE]] = {"diveq": _diveq}

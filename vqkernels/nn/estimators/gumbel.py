@@ -19,7 +19,12 @@ from vqkernels.nn.estimators.base import (
     gather,
     masked,
 )
-from vqkernels.nn.estimators.temperature import ExponentialTemperature, Temperature, TemperatureSchedule
+from vqkernels.nn.estimators.temperature import (
+    STEPS,
+    ExponentialTemperature,
+    Temperature,
+    TemperatureSchedule,
+)
 from vqkernels.nn.methods import Method, register
 from vqkernels.ops import gumbel_code
 from vqkernels.ops._logits import rows_at_once
@@ -65,7 +70,7 @@ class Gumbel(Estimator):
         if head is not None and not isinstance(head, nn.Module):
             fix = "Pass such as torch.nn.Linear(D, K)"
             refuse(TypeError, "Gumbel", "head", "be a module or None", type(head).__name__, fix)
-        schedule = ExponentialTemperature(10_000) if temperature is None else temperature
+        schedule = ExponentialTemperature(STEPS) if temperature is None else temperature
         self.temperature = Temperature("Gumbel", schedule, zero=False)
         self.head = head
         # whether an evaluation is the nearest code
@@ -164,6 +169,6 @@ register(
     Method(
         "draws codes by all their logits, whose gradient is soft; needs a schedule that fits the training",
         source="DiVeQ eq. 5, 6 and 13; Jang et al. 2017",
-        estimator=lambda spec: Gumbel(),
+        estimator=lambda spec: Gumbel(temperature=ExponentialTemperature(spec.steps or STEPS)),
     ),
 )

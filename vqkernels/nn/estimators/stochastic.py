@@ -6,9 +6,18 @@ from torch import Tensor
 
 from vqkernels.nn.estimators.base import Choice, Context, masked
 from vqkernels.nn.estimators.ste import STE
-from vqkernels.nn.estimators.temperature import ExponentialTemperature, Temperature, TemperatureSchedule
+from vqkernels.nn.estimators.temperature import (
+    STEPS,
+    ExponentialTemperature,
+    Temperature,
+    TemperatureSchedule,
+)
 from vqkernels.nn.methods import Method, register
 from vqkernels.ops import sample_code
+
+
+def _falling(steps: int) -> ExponentialTemperature:
+    return ExponentialTemperature(steps, 1.0, 0.01)
 
 
 class Stochastic(STE):
@@ -41,7 +50,7 @@ class Stochastic(STE):
         temperature: TemperatureSchedule | float | None = None,
     ):
         super().__init__(codebook_weight=codebook_weight, commitment_weight=commitment_weight, sync=sync)
-        schedule = ExponentialTemperature(10_000, 1.0, 0.01) if temperature is None else temperature
+        schedule = _falling(STEPS) if temperature is None else temperature
         self.temperature = Temperature("Stochastic", schedule, zero=True)
         self.idle = self.temperature.schedule.settled(0)
 
@@ -61,6 +70,6 @@ register(
     Method(
         "draws codes at a falling temperature; explores where plain STE collapses",
         source="Huh et al. eq. 12; Takida et al. 2022",
-        estimator=lambda spec: Stochastic(),
+        estimator=lambda spec: Stochastic(temperature=_falling(spec.steps or STEPS)),
     ),
 )

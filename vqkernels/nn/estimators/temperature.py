@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from vqkernels.checks import check_count, refuse
 
+# of a training whose length is not known
+STEPS = 10_000
+
 # below it a temperature, or what is divided by it, leaves the range of float32
 _LEAST = 1e-30
 

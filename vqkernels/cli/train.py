@@ -1,0 +1,126 @@
+"""The command `train`."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vqkernels.cli.console import stopped, tell
+from vqkernels.train.config import TrainConfig
+from vqkernels.train.options import GROUPS
+from vqkernels.train.presets import PRESETS, PresetName
+
+# one argument for each group, so that the help shows them apart
+_Options = dataclasses.make_dataclass(
+    "Options",
+    [(group.title, group, dataclasses.field(default_factory=group)) for group in GROUPS],
+    frozen=True,
+)
+
+
+def options_of(config: TrainConfig) -> Any:
+    """Return the options of a configuration in their groups, as defaults of the command line.
+
+    Args:
+        config: of a run.
+    """
+    groups = {
+        group.title: group(**{f.name: getattr(config, f.name) for f in dataclasses.fields(group)})
+        for group in GROUPS
+    }
+    return _Options(**groups)
+
+
+def config_of(options: Any) -> TrainConfig:
+    """Return the configuration that options in groups stand for.
+
+    Args:
+        options: what `options_of` returned, perhaps changed.
+
+    Raises:
+        RunError: a value is out of range, or two do not fit together.
+    """
+    fields: dict[str, Any] = {}
+    for group in GROUPS:
+        part = getattr(options, group.title)
+        fields |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    return TrainConfig(**fields)
+
+
+def command(default: TrainConfig) -> Callable[..., int]:
+    """Return the command with the options of a recipe as its defaults.
+
+    Args:
+        default: configuration of the recipe.
+    """
+
+    start = options_of(default)
+
+    def train(
+        options: Annotated[_Options, tyro.conf.arg(name="")] = start,  # type: ignore[valid-type]
+        preset: PresetName = "small",
+        full: bool = False,
+        resume: bool = False,
+        resume_from: Path | None = None,
+    ) -> int:
+        """Train an autoencoder; leaves checkpoints, a log and pictures in --out.
+
+        Args:
+            options: Options in groups.
+            preset: Recipe of a paper whose options are the defaults here; --help after it shows them.
+            full: The recipe in the paper's size, for a GPU and a data set.
+            resume: Go on from the newest checkpoint in --out, or start where there is none.
+            resume_from: Go on from this checkpoint of --out; later ones are dropped.
+        """
+        return run(config_of(options), resume=resume or resume_from is not None, resume_from=resume_from)
+
+    return train
+
+
+def default_of(words: Sequence[str]) -> TrainConfig:
+    """Return the configuration of the recipe that a command line names, before the rest of it is read.
+
+    Args:
+        words: after `train`.
+    """
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--preset", default="small", choices=tuple(PRESETS))
+    reader.add_argument("--full", action="store_true")
+    try:
+        found, _ = reader.parse_known_args(list(words))
+    except argparse.ArgumentError:
+        # the command's own reader words it
+        return PRESETS["small"].config()
+    return PRESETS[found.preset].config(full=found.full)
+
+
+def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None) -> int:
+    """Train and print a table.
+
+    Args:
+        config: of the run.
+        resume: whether to go on from a checkpoint.
+        resume_from: which one; None for the newest.
+    """
+    from vqkernels.train.evaluate import evaluate, modes_of
+    from vqkernels.train.log import read_lines
+    from vqkernels.train.loop import train
+    from vqkernels.train.report import format_table
+
+    terminal = sys.stderr.isatty()
+    result = train(config, resume=resume, progress=terminal, on_line=None if terminal else tell)
+    if result.signal is not None:
+        return stopped(result.signal, f"at step {result.step}; the checkpoint is in {config.out}")
+    if not result.main:
+        return 0
+    shares = [line.get("quantizer_share") for line in read_lines(config.metrics_path())]
+    known = [float(share) for share in shares if share is not None]
+    found = [evaluate(result.model, result.images, mode=mode) for mode in modes_of(result.model)]
+    share = sum(known) / len(known) if known else None
+    print(format_table([(config.quantizer, one, share) for one in found]))
+    print(f"checkpoint and log: {config.out}")
+    return 0
