@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,3 +152,20 @@ def test_help_groups_options_by_what_they_change(capsys):
 def test_what_does_not_fit_together_is_refused(make, fields, words):
     with pytest.raises(RunError, match=re.escape(words)):
         train(make(**fields))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make):
+    with pytest.raises(
+        RunError, match="tracker must be one of Accelerate whose package is installed; got 'nobody'"
+    ):
+        train(make(tracker="nobody"))
+
+
+def test_tensorboard_gets_the_numbers(make):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make(quantizer="ste", tracker="tensorboard")
+    train(config)
+    folder = Path(config.out) / "tracker"
+    found = events.EventAccumulator(str(folder)).Reload()
+    logged = [line["psnr"] for line in read_lines(config.metrics_path()) if line["split"] == "train"]
+    assert [event.value for event in found.Scalars("train/psnr")] == pytest.approx(logged, rel=1e-6)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vqkernels.checks import refuse
 from vqkernels.nn import METHODS, Method
@@ -172,7 +173,8 @@ class TrainConfig(
             requirement = "have exactly the fields of this version"
             refuse(RunError, "TrainConfig", "configuration", requirement, f"a difference in {got}", fix)
         # JSON has lists where a configuration has tuples
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**fields)
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """Name the fields that make two runs different.

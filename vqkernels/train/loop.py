@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -108,14 +109,19 @@ class _Run:
             # accelerate would train in float32 without a word
             fix = "Pass --precision bf16 or no"
             refuse(RunError, "train", "precision", "be one that this device has", "'fp16' on cpu", fix)
-        tracker = None if config.tracker == "none" else config.tracker
         try:
             self.accelerator = Accelerator(
-                mixed_precision=config.precision, log_with=tracker, project_dir=config.out
+                mixed_precision=config.precision, log_with=_tracker(config), project_dir=config.out
             )
         except ValueError as error:
             got = f"{config.precision!r} ({str(error).rstrip('.')})"
             refuse(RunError, "train", "precision", "be one that this device has", got, "Pass --precision no")
+        if config.tracker != "none":
+            values = {
+                name: value if isinstance(value, (int, float)) else str(value)
+                for name, value in vars(config).items()
+            }
+            self.accelerator.init_trackers("tracker", config=values)
         if config.batch_size % self.accelerator.num_processes:
             requirement = f"be a multiple of the {self.accelerator.num_processes} processes"
             refuse(
@@ -282,6 +288,18 @@ class _StopSignals:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+def _tracker(config: TrainConfig) -> str | None:
+    """The tracker's name, if it can run: Accelerate would go on without it and say nothing."""
+    if config.tracker == "none":
+        return None
+    there = [str(tracker) for tracker in get_available_trackers()]
+    if config.tracker not in there:
+        got = f"{config.tracker!r} (here: {', '.join(there) or 'none'})"
+        fix = f"Install it, as in pip install {config.tracker}, or leave --tracker out"
+        refuse(RunError, "train", "tracker", "be one of Accelerate whose package is installed", got, fix)
+    return config.tracker
 
 
 def _postfix(line: Line) -> str:
