@@ -48,7 +48,7 @@ class ImageAutoencoder(nn.Module):
         self.decoder = decoder
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight of the decoder's last convolution, where VQGAN weighs its losses (Esser et al. 2021, eq. 7)."""
         convolutions = (nn.Conv2d, nn.ConvTranspose2d)
         return [part.weight for part in self.decoder.modules() if isinstance(part, convolutions)][-1]

@@ -1,5 +1,7 @@
 """The discriminator of VQGAN: PatchGAN (Isola et al. 2017), which judges patches instead of images."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from vqkernels.checks import check_count, refuse
@@ -33,7 +35,7 @@ class PatchDiscriminator(nn.Module):
         self.in_channels, self.layers = in_channels, layers
         channels = [width * min(2**layer, 8) for layer in range(layers + 1)]
         parts: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for layer, (have, want) in enumerate(zip(channels, channels[1:]), start=1):
+        for layer, (have, want) in enumerate(pairwise(channels), start=1):
             stride = 2 if layer < layers else 1
             parts.append(nn.Conv2d(have, want, 4, stride=stride, padding=1, bias=False))
             parts += [nn.BatchNorm2d(want, track_running_stats=False), nn.LeakyReLU(0.2)]
