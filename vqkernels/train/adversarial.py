@@ -80,7 +80,7 @@ class Adversarial(Learner):
             fix = "Pass fewer --discriminator-layers"
             refuse(RunError, "train", "crop", requirement, config.crop, fix)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+            nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator = discriminator
         self.pair, self.discriminator_optimizer = accelerator.prepare(
             _Pair(discriminator), _optimizer(config, list(discriminator.parameters()))
