@@ -9,7 +9,7 @@ from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_f
 
 from vqkernels.checks import check_number, refuse
 from vqkernels.nn.upkeep import Upkeep
-from vqkernels.train.procedure import Autoencoder, split_parameters
+from vqkernels.train.procedure import Autoencoder, check_model, split_parameters
 
 
 class WeightAverage:
@@ -37,6 +37,7 @@ class WeightAverage:
             TypeError, ValueError: if the decay is out of range or the model lacks a part.
         """
         self.decay = check_number("WeightAverage", "decay", decay, below=1)
+        check_model("WeightAverage", model)
         codes = set(split_parameters(model)[0])
         self._quantizer = model.quantizer
         whole = nn.ModuleList([model.encoder, model.quantizer, model.decoder])
