@@ -1,28 +1,13 @@
 """The convolutional VQ-VAE of DiVeQ, table 3, with its sizes as parameters."""
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
-from vqkernels.checks import check_count, refuse
+from vqkernels.checks import check_count
+from vqkernels.models.autoencoder import ImageAutoencoder
 from vqkernels.nn import Quantizer
 
 
-class Reconstructed(NamedTuple):
-    """What a `VQVAE` returns.
-
-    Attributes:
-        reconstruction: (B, C, H, W) images, in the range of the input.
-        indices: (B, H / f, W / f, Q) int64 codes with f = 2^downsamplings; -1 while the quantizer warms up.
-        loss: 0-d loss of the quantizer itself, 0 for estimators that need none.
-    """
-
-    reconstruction: Tensor
-    indices: Tensor
-    loss: Tensor
-
-
-class VQVAE(nn.Module):
+class VQVAE(ImageAutoencoder):
     """A convolutional autoencoder with a quantizer between its halves.
 
     Encoder: `downsamplings` strided 4x4 convolutions, each followed by ReLU, `residual_blocks` blocks
@@ -54,7 +39,6 @@ class VQVAE(nn.Module):
             TypeError: if a size is not an int.
             ValueError: if a size is below 1, or a count of blocks or down-samplings below 0.
         """
-        super().__init__()
         for name, value, minimum in (
             ("in_channels", in_channels, 1),
             ("width", width, 1),
@@ -63,67 +47,17 @@ class VQVAE(nn.Module):
             ("residual_blocks", residual_blocks, 0),
         ):
             check_count("VQVAE", name, value, minimum=minimum)
-        self.in_channels = in_channels
-        self.factor = 2**downsamplings
-        self.encoder = nn.Sequential(
+        encoder = nn.Sequential(
             *_strided(in_channels, width, downsamplings),
             *(_Residual(width) for _ in range(residual_blocks)),
             nn.Conv2d(width, latent_dim, 1),
         )
-        self.quantizer: Quantizer = quantizer
-        self.decoder = nn.Sequential(
+        decoder = nn.Sequential(
             nn.Conv2d(latent_dim, width, 1),
             *(_Residual(width) for _ in range(residual_blocks)),
             *_transposed(width, in_channels, downsamplings),
         )
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the latents before quantization.
-
-        Args:
-            images: (B, C, H, W), H and W multiples of `factor`.
-
-        Returns:
-            (B, latent_dim, H / factor, W / factor) in the dtype of the arithmetic.
-
-        Raises:
-            ValueError: if the images have another rank, channel count, or a size `factor` does not divide.
-        """
-        if images.dim() != 4 or images.shape[1] != self.in_channels:
-            requirement = f"be (B, {self.in_channels}, H, W)"
-            fix = "Pass a batch of channel-first images"
-            refuse(ValueError, "VQVAE", "images", requirement, f"shape {tuple(images.shape)}", fix)
-        if images.shape[2] % self.factor or images.shape[3] % self.factor:
-            requirement = f"have a height and width divisible by {self.factor}"
-            got = f"{images.shape[2]}x{images.shape[3]}"
-            refuse(ValueError, "VQVAE", "images", requirement, got, "Crop them to a multiple")
-        return self.encoder(images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the images of quantized latents.
-
-        Args:
-            latents: (B, latent_dim, h, w).
-
-        Returns:
-            (B, C, h * factor, w * factor).
-        """
-        return self.decoder(latents)
-
-    def forward(self, images: Tensor) -> Reconstructed:
-        """Encode, quantize and decode.
-
-        Args:
-            images: (B, C, H, W), H and W multiples of `factor`.
-
-        Returns:
-            The reconstruction, the indices and the loss of the quantizer.
-
-        Raises:
-            ValueError: if the images do not fit the model.
-        """
-        quantized = self.quantizer(self.encode(images))
-        return Reconstructed(self.decode(quantized.z), quantized.indices, quantized.loss)
+        super().__init__(encoder, quantizer, decoder, in_channels=in_channels, factor=2**downsamplings)
 
 
 class _Residual(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqkernels.models import VQVAE
+from vqkernels.models import ImageAutoencoder
 from vqkernels.train.checkpoint import replace_file
 from vqkernels.train.config import TrainConfig
 from vqkernels.train.data import ImageSet
@@ -98,7 +98,7 @@ def _measure(label: str, config: TrainConfig, result: RunResult) -> tuple[DemoRu
     return run, reconstruction_row(label, model, images)
 
 
-def reconstruction_row(label: str, model: VQVAE, images: ImageSet) -> Row:
+def reconstruction_row(label: str, model: ImageAutoencoder, images: ImageSet) -> Row:
     """Reconstruct the first held-out images, with their PSNR and rate as captions.
 
     Args:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqkernels.checks import refuse
-from vqkernels.nn import Codebook
-from vqkernels.train.alternated import Alternated
-from vqkernels.train.bilevel import MetaQuantization, MetaStep
+from vqkernels.models import LPIPS, ImageAutoencoder
+from vqkernels.train.averaging import WeightAverage
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.objective import Objective
-from vqkernels.train.procedure import Autoencoder, split_parameters
+from vqkernels.train.losses import ImageLoss
+from vqkernels.train.procedure import split_parameters
 
 
 class StepResult(NamedTuple):
@@ -36,51 +34,71 @@ class StepResult(NamedTuple):
 
 
 class Learner:
-    """Base of the learners: holds the optimizers and steps on a batch.
-
-    Args:
-        config: of the run.
-        accelerator: of the process.
-        model: on the CPU, fresh.
-        objective: of the reconstruction.
+    """Base of the learners: holds what learns beside the model, and steps on a batch.
 
     Attributes:
         model: the module itself, on the device.
-        optimizers: of all its parameters and of what else learns.
+        optimizers: of all its parameters, and of what else learns.
+        image_loss: distance of reconstructions.
+        average: of the weights, None without one.
     """
 
-    model: Autoencoder
     optimizers: Sequence[torch.optim.Optimizer]
 
-    def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, model: Autoencoder, objective: Objective
-    ):
-        self.config, self.accelerator = config, accelerator
-        self.objective = objective.to(accelerator.device)
-        self.model = model
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, model: ImageAutoencoder):
+        """Move the model to the device.
 
-    def step(self, batch: Tensor, number: int) -> StepResult:
-        """Train on one batch.
+        Args:
+            config: of the run.
+            accelerator: of the process; one that accumulates no gradients by itself.
+            model: to train, fresh.
+
+        Raises:
+            RunError: the weights of LPIPS cannot be read.
+        """
+        self.config, self.accelerator = config, accelerator
+        self.model = model.to(accelerator.device)
+        weight = config.perceptual_weight
+        judge = ImageLoss(config.reconstruction, perceptual=_perceptual(config), perceptual_weight=weight)
+        self.image_loss = judge.to(accelerator.device)
+        self.average = WeightAverage(model, config.weights_ema) if config.weights_ema else None
+
+    def learn(self, batch: Tensor, number: int) -> StepResult:
+        """Take one step of the run with the learning rates it has then.
 
         Args:
             batch: (B, C, H, W) images in [-1, 1], this rank's part.
-            number: 0-based step of the run.
-        """
-        raise NotImplementedError
-
-    def begin(self, number: int) -> None:
-        """Set the learning rates of a step.
-
-        Args:
             number: 0-based step of the run.
         """
         lr = self.config.lr_at(number)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate"]
+        found = self.step(batch, number)
+        if self.average is not None:
+            self.average.update()
+        return found
+
+    def step(self, batch: Tensor, number: int) -> StepResult:
+        """Train on one batch.
+
+        Args:
+            batch, number: as of `learn`.
+        """
+        raise NotImplementedError
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model has the averaged weights where there are any."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def finish(self) -> None:
-        """Take away what training has wrapped around the model."""
+        """Take away what training has wrapped around the model, and leave it the averaged weights."""
+        if self.average is not None:
+            self.average.replace()
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """What learns beside the model, by name."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beside the model that a checkpoint must hold."""
@@ -88,6 +106,8 @@ class Learner:
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": {} if scaler is None else scaler.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
+            "modules": {name: module.state_dict() for name, module in self.modules().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -100,92 +120,22 @@ class Learner:
             optimizer.load_state_dict(saved)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for name, module in self.modules().items():
+            module.load_state_dict(state["modules"][name])
 
 
-class JointLearner(Learner):
-    """One gradient for all parameters, under whatever Accelerate wraps around the model."""
-
-    def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, model: Autoencoder, objective: Objective
-    ):
-        super().__init__(config, accelerator, model, objective)
-        optimizer = make_optimizer(config, [code_group(config, model), *rest_groups(config, model)])
-        model.quantizer.follow(optimizer)
-        self._prepared, self._optimizer = accelerator.prepare(model, optimizer)
-        self.optimizers = [self._optimizer]
-
-    def step(self, batch: Tensor, number: int) -> StepResult:
-        parts = batch.chunk(self.config.accumulate)
-        self._optimizer.zero_grad()
-        losses, errors, indices = [], [], []
-        for place, part in enumerate(parts):
-            last = place == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self._prepared):
-                outputs, codes, loss = self._prepared(part)
-                loss = self.objective(outputs, part) + loss
-                self.accelerator.backward(loss / len(parts))
-            losses.append(loss.detach())
-            errors.append(self.objective.found)
-            indices.append(codes)
-        self._optimizer.step()
-        found = {name: torch.stack([one[name] for one in errors]).mean() for name in errors[0]}
-        return StepResult(torch.stack(losses).mean(), found.pop("mse"), torch.cat(indices), found)
-
-    def finish(self) -> None:
-        # what measures the model from here on sees it as a checkpoint gives it back, in float32
-        self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
-
-
-class ProcedureLearner(Learner):
-    """Alternated optimization or Meta-Quantization; gradients are averaged over the ranks by the procedure."""
-
-    def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, model: Autoencoder, objective: Objective
-    ):
-        super().__init__(config, accelerator, model.to(accelerator.device), objective)
-        if not split_parameters(model)[0]:
-            requirement = f"be joint for {config.quantizer}, which has no codes that learn by gradient"
-            refuse(RunError, "train", "procedure", requirement, config.procedure, "Leave --procedure out")
-        self.optimizers = [
-            make_optimizer(config, [code_group(config, model)]),
-            make_optimizer(config, rest_groups(config, model)),
-        ]
-        parts = dict(zip(("codebook_optimizer", "model_optimizer"), self.optimizers, strict=True))
-        try:
-            if config.procedure == "alternated":
-                self._procedure = Alternated(
-                    model, self.objective, inner=config.inner, split=config.split, **parts
-                )
-            else:
-                form = config.hypergradient
-                self._procedure = MetaQuantization(
-                    model, self.objective, xi=config.xi, hypergradient=form, **parts
-                )
-        except ValueError as error:
-            raise RunError(str(error)) from error
-
-    def step(self, batch: Tensor, number: int) -> StepResult:
-        with self.accelerator.autocast():
-            found = self._procedure.step(batch)
-        extras = dict(self.objective.found)
-        if isinstance(found, MetaStep):
-            extras |= {"direct_norm": found.direct_norm, "indirect_norm": found.indirect_norm}
-            extras |= {"cosine": found.cosine}
-        return StepResult(found.loss, extras.pop("mse"), found.indices, extras)
-
-
-def code_group(config: TrainConfig, model: Autoencoder) -> dict[str, Any]:
+def code_group(config: TrainConfig, model: ImageAutoencoder) -> dict[str, Any]:
     """The parameters that codes are made of as a group of an optimizer; never decayed (Huh A.1, MQ 5)."""
-    parts = [part for part in model.quantizer.modules() if isinstance(part, Codebook)]
-    codes = list(dict.fromkeys(p for part in parts for p in part.parameters() if p.requires_grad))
+    codes, _ = split_parameters(model)
     return {"params": codes, "rate": config.codes_rate, "weight_decay": 0.0}
 
 
-def rest_groups(config: TrainConfig, model: Autoencoder) -> list[dict[str, Any]]:
+def rest_group(config: TrainConfig, model: ImageAutoencoder) -> dict[str, Any]:
     """All other parameters as a group of an optimizer."""
-    codes = set(code_group(config, model)["params"])
-    rest = [p for p in model.parameters() if p.requires_grad and p not in codes]
-    return [{"params": rest, "rate": 1.0, "weight_decay": config.weight_decay}]
+    _, rest = split_parameters(model)
+    return {"params": rest, "rate": 1.0, "weight_decay": config.weight_decay}
 
 
 def make_optimizer(config: TrainConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -200,9 +150,21 @@ def make_optimizer(config: TrainConfig, groups: Sequence[dict[str, Any]]) -> tor
     return kind(there, lr=config.lr, betas=config.betas)
 
 
-def make_learner(
-    config: TrainConfig, accelerator: Accelerator, model: nn.Module, objective: Objective
-) -> Learner:
-    """Return the learner that a configuration asks for."""
-    kind = JointLearner if config.procedure == "joint" else ProcedureLearner
-    return kind(config, accelerator, model, objective)
+def mean_of(parts: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """Means of 0-d tensors over the parts of a batch.
+
+    Args:
+        parts: the same names in each.
+        shares: of the batch, one for each part.
+    """
+    return {n: torch.stack([p[n] * s for p, s in zip(parts, shares, strict=True)]).sum() for n in parts[0]}
+
+
+def _perceptual(config: TrainConfig) -> LPIPS | None:
+    if config.perceptual is None or config.perceptual_weight == 0:
+        return None
+    vgg, _, linear = config.perceptual.partition(",")
+    try:
+        return LPIPS.from_files(vgg, linear or None)
+    except (FileNotFoundError, ValueError) as error:
+        raise RunError(str(error)) from error

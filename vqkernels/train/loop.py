@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqkernels.checks import refuse
-from vqkernels.models import VQVAE
+from vqkernels.models import ImageAutoencoder
 from vqkernels.train.checkpoint import Checkpoint, load_checkpoint, open_folder
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet, load_images
 from vqkernels.train.evaluate import evaluate
-from vqkernels.train.learner import make_learner
+from vqkernels.train.learners import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
-from vqkernels.train.model import build_model, build_objective
+from vqkernels.train.model import build_model
 from vqkernels.train.timing import QuantizerShare
 
 # a measurement during training stops at this many held-out images; the final one takes them all
@@ -46,7 +46,7 @@ class RunResult:
     step: int
     started_at: int
     signal: str | None
-    model: VQVAE
+    model: ImageAutoencoder
     images: ImageSet
     main: bool
 
@@ -130,7 +130,7 @@ class _Run:
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)
         self.model = build_model(config)
-        self.learner = make_learner(config, self.accelerator, self.model, build_objective(config))
+        self.learner = make_learner(config, self.accelerator, self.model)
         self.window = Window(self.model.quantizer.num_indices, self.device)
         self.timer = QuantizerShare(self.model.quantizer, self.device)
 
@@ -186,10 +186,9 @@ class _Run:
         """One optimizer step; nothing here waits for the device, save on the steps the timer samples."""
         step = self.step
         self.timer.begin(step, active=self.model.quantizer.initialized)
-        self.learner.begin(step)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batch = self.images.batch(step, rank=rank, world=world).to(self.device, non_blocking=True)
-        found = self.learner.step(batch, step)
+        found = self.learner.learn(batch, step)
         self.window.add(found.loss, found.mse, found.indices, found.extras)
         self.timer.end()
         self.step += 1
@@ -205,7 +204,8 @@ class _Run:
         return line
 
     def held_out_line(self) -> Line:
-        found = evaluate(self.model, self.images, ssim=False, limit=HELD_OUT_IMAGES)
+        with self.learner.averaged():
+            found = evaluate(self.model, self.images, ssim=False, limit=HELD_OUT_IMAGES)
         return {
             "step": self.step,
             "split": "held_out",

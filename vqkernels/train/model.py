@@ -1,11 +1,11 @@
-"""From a configuration to its model and what judges it."""
+"""From a configuration to its model."""
 
 from collections.abc import Callable
 
 import torch
 
 from vqkernels.checks import refuse
-from vqkernels.models import VQVAE
+from vqkernels.models import VQGAN, VQVAE, ImageAutoencoder, TakidaVAE
 from vqkernels.nn import (
     STE,
     Every,
@@ -20,13 +20,12 @@ from vqkernels.nn import (
     build,
 )
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.objective import Objective
 
 # k-means fits codes anew so often in a run
 REFITS = 6
 
 
-def build_model(config: TrainConfig) -> VQVAE:
+def build_model(config: TrainConfig) -> ImageAutoencoder:
     """Build the model of a run, channels last in memory, with fresh weights from torch's default generator.
 
     Args:
@@ -78,18 +77,6 @@ def build_quantizer(config: TrainConfig) -> Quantizer:
     return quantizer
 
 
-def build_objective(config: TrainConfig) -> Objective:
-    """Build what judges reconstructions, with LPIPS where its weights are given.
-
-    Args:
-        config: of the run.
-
-    Raises:
-        RunError: the weights cannot be read.
-    """
-    return Objective(config)
-
-
 def _upkeep(config: TrainConfig) -> list[Upkeep]:
     upkeep: list[Upkeep] = []
     if config.warms_up:
@@ -115,4 +102,29 @@ def _diveq(config: TrainConfig, quantizer: Quantizer) -> VQVAE:
     )
 
 
-BACKBONES: dict[str, Callable[[TrainConfig, Quantizer], VQVAE]] = {"diveq": _diveq}
+def _takida(config: TrainConfig, quantizer: Quantizer) -> TakidaVAE:
+    return TakidaVAE(
+        quantizer,
+        width=config.width,
+        latent_dim=config.latent_dim,
+        downsamplings=config.downsamplings,
+        residual_blocks=config.residual_blocks,
+    )
+
+
+def _vqgan(config: TrainConfig, quantizer: Quantizer) -> VQGAN:
+    return VQGAN(
+        quantizer,
+        width=config.width,
+        multipliers=config.multipliers or (1,) * (config.downsamplings + 1),
+        residual_blocks=config.residual_blocks,
+        latent_dim=config.latent_dim,
+        attention=(-1,) if config.attention else (),
+    )
+
+
+BACKBONES: dict[str, Callable[[TrainConfig, Quantizer], ImageAutoencoder]] = {
+    "diveq": _diveq,
+    "takida": _takida,
+    "vqgan": _vqgan,
+}

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 from vqkernels.checks import refuse
-from vqkernels.models import VQVAE
+from vqkernels.models import ImageAutoencoder
 from vqkernels.train.checkpoint import load_checkpoint
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet, load_images
 from vqkernels.train.model import build_model
 
 
-def load_run(path: Path, data: str | None = None) -> tuple[VQVAE, ImageSet, TrainConfig]:
+def load_run(path: Path, data: str | None = None) -> tuple[ImageAutoencoder, ImageSet, TrainConfig]:
     """Load a trained model and the images to measure it on.
 
     Args:
