@@ -285,6 +285,19 @@ def test_half_precision_steps_are_finite():
     AcceleratorState._reset_state()
 
 
+def test_a_loss_scale_changes_no_weight():
+    plain, scaled = learner(discriminator_start=0.0), learner(discriminator_start=0.0)
+    # a power of two, so that nothing is rounded otherwise
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    first, second = plain.step(images(), 0), scaled.step(images(), 0)
+    assert first.extras["gan_weight"] == second.extras["gan_weight"] and first.loss == second.loss
+    for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        assert torch.equal(a.grad * 2**10, b.grad)
+    for a, b in zip(plain.discriminator.parameters(), scaled.discriminator.parameters(), strict=True):
+        assert torch.equal(a.grad * 2**10, b.grad)
+    assert "scaler" in scaled.state_dict()
+
+
 def test_crops_too_small_for_the_discriminator():
     with pytest.raises(RunError, match=r"train: crop must be 24 or more for 3 layers .*; got 16. Pass fewer"):
         learner(discriminator_layers=3)
@@ -326,7 +339,7 @@ def _on_rank(rank, world=2):
             "MASTER_PORT": 0,
         }
         os.environ |= {name: str(value) for name, value in told.items()}
-    made = learner(steps=4, discriminator_start=0.5)
+    made = learner(steps=4, discriminator_start=0.5, accumulate=2 if world > 1 else 1)
     found = []
     for number in range(4):
         result = made.learn(images(number).chunk(world)[rank], number)

@@ -27,7 +27,7 @@ _TINY = 1e-10
 class LPIPS(nn.Module):
     """The learned perceptual distance over VGG-16, frozen.
 
-        d(x, y) = sum_l mean_hw sum_c w_lc (f_lchw(x) / |f_lhw(x)| - f_lchw(y) / |f_lhw(y)|)^2     (eq. 1, squared sum)
+        d(x, y) = sum_l mean_hw sum_c w_lc (f_lchw(x) / |f_lhw(x)| - f_lchw(y) / |f_lhw(y)|)^2     (eq. 1, w for its w^2)
 
     where f_l are the activations after the last ReLU of each of the five stages. Built without weights of use:
     `from_files` reads them, and nothing is ever downloaded.

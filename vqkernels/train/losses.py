@@ -60,7 +60,9 @@ DISCRIMINATOR_LOSSES: dict[str, DiscriminatorLoss] = {"hinge": hinge_loss, "vani
 
 
 def adaptive_weight(task_gradient: Tensor, game_gradient: Tensor) -> Tensor:
-    """The weight that makes both losses pull alike: |grad task| / (|grad game| + 1e-4), at most 1e4 (Esser et al. 2021, eq. 7).
+    """The weight that makes both losses pull alike: |grad task| / (|grad game| + 1e-4), at most 1e4.
+
+    Esser et al. 2021, eq. 7, with the two constants of the released code; the paper has 1e-6 and no bound.
 
     Args:
         task_gradient: of the reconstruction's loss in the weight of the decoder's last layer.
