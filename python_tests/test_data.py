@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.data import PHOTOS_HELD_OUT, PHOTOS_TRAIN, load_images
+from vqkernels.train.data import load_images
+from vqkernels.train.pictures import PHOTOS_HELD_OUT, PHOTOS_TRAIN
 
 
 def write_images(folder, count=12, size=(24, 20)):
