@@ -136,8 +136,8 @@ def _load(path: str) -> "Mapping[str, Dataset]":
             loaded = datasets.load_dataset("parquet", data_files=path)
         else:
             loaded = datasets.load_dataset(path)
-    # what the package, pyarrow below it (ValueError) and the network (OSError) raise
-    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+    # what the package (RuntimeError of data sets that are scripts), pyarrow (ValueError) and the network raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
         _refuse_data(path, " ".join(str(error).split()).split(". ")[0] or type(error).__name__)
     if isinstance(loaded, datasets.Dataset):
         return {"train": loaded}
