@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +17,15 @@ from vqkernels.train.cifar import is_cifar
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.huggingface import HF_PREFIX, hf_pictures
 from vqkernels.train.order import EpochOrder
-from vqkernels.train.pictures import Parts, Picture, cifar_pictures, folder_pictures, image_files, photos
+from vqkernels.train.pictures import (
+    Parts,
+    Picture,
+    cifar_pictures,
+    folder_pictures,
+    image_files,
+    photos,
+    sizes_of,
+)
 from vqkernels.train.shards import is_pattern, pattern_shards, shard_pictures
 
 # decoded pictures up to this many bytes stay in memory; beyond it every use decodes anew
@@ -104,23 +111,27 @@ class ImageSet:
             refuse(
                 RunError, "data", "images", "be at least 2, to hold one out", got, "Add images to the folder"
             )
-        small = [p for p in chain(training, held_out) if min(p.height, p.width) < crop]
-        if small:
-            least = min(min(p.height, p.width) for p in small)
-            got = f"{small[0].name} of {small[0].height}x{small[0].width} and {len(small) - 1} more"
+        sizes, measured = sizes_of(training), sizes_of(held_out)
+        sides = np.concatenate([sizes, measured]).min(1)
+        small = np.flatnonzero(sides < crop)
+        if len(small):
+            first, least = int(small[0]), int(sides.min())
+            picture = training[first] if first < len(training) else held_out[first - len(training)]
+            got = f"{picture.name} of {picture.height}x{picture.width} and {len(small) - 1} more"
             fix = f"Remove them, or pass --crop {least // factor * factor}"
             if least < factor:
                 fix = "Remove them"
             refuse(RunError, "data", "images", f"be at least crop = {crop} pixels each way", got, fix)
-        for picture in held_out:
-            if min(picture.height, picture.width) // factor * factor < MIN_HELD_OUT_SIDE:
-                got = f"{picture.name} of {picture.height}x{picture.width}"
-                requirement = f"have {MIN_HELD_OUT_SIDE} pixels each way for SSIM, in multiples of {factor}"
-                refuse(RunError, "data", "held-out images", requirement, got, "Use larger images")
+        low = np.flatnonzero(measured.min(1) // factor * factor < MIN_HELD_OUT_SIDE)
+        if len(low):
+            picture = held_out[int(low[0])]
+            got = f"{picture.name} of {picture.height}x{picture.width}"
+            requirement = f"have {MIN_HELD_OUT_SIDE} pixels each way for SSIM, in multiples of {factor}"
+            refuse(RunError, "data", "held-out images", requirement, got, "Use larger images")
         self.training, self.held_out, self.labels = training, held_out, labels
         self._crop, self._batch_size, self._factor, self._seed = crop, batch_size, factor, seed
         self._augment, self._order = augment, order
-        crops = len(training) if order else sum(p.height * p.width for p in training) / crop**2
+        crops = len(training) if order else sizes.prod(1).sum() / crop**2
         self.epoch_steps = math.ceil(crops / batch_size)
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Tensor:
@@ -249,7 +260,7 @@ def load_images(config: TrainConfig) -> ImageSet:
         labels=parts.labels,
         order=order,
     )
-    if sum(3 * p.height * p.width for p in chain(parts.training, parts.held_out)) <= KEEP_BYTES:
+    if 3 * sum(int(sizes_of(part).prod(1).sum()) for part in parts[:2]) <= KEEP_BYTES:
         images.training, images.held_out = (
             [replace(p, pixels=p.read(), content=None) for p in part]
             for part in (images.training, images.held_out)

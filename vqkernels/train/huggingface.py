@@ -46,7 +46,7 @@ def hf_pictures(place: str) -> Parts:
         parts = hold_out(training.count)
         labels = number_labels(training.found)
         of_each = labels and labels[0]
-        pictures = [LazyPictures(partial(training.picture, of_each), part) for part in parts]
+        pictures = [LazyPictures(partial(training.picture, of_each), part, training.sizes) for part in parts]
     else:
         held_out = _Rows(loaded[other], path, other)
         labels = number_labels([*training.found, *held_out.found])
@@ -54,7 +54,7 @@ def hf_pictures(place: str) -> Parts:
             [None, None] if labels is None else [labels[0][: training.count], labels[0][training.count :]]
         )
         pictures = [
-            LazyPictures(partial(rows.picture, numbers), np.arange(rows.count))
+            LazyPictures(partial(rows.picture, numbers), np.arange(rows.count), rows.sizes)
             for rows, numbers in zip((training, held_out), of_each, strict=True)
         ]
     names = training.names or (labels and labels[1])
@@ -71,7 +71,7 @@ class _Rows:
         self._name, self._column = f"{Path(path).name}/{split}", column
         self._images = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.count = len(dataset)
-        self._sizes = self._measure()
+        self.sizes = self._measure()
         self.found: list[int | str | None] = [None] * self.count
         self.names: tuple[str, ...] | None = None
         if "label" in dataset.column_names:
@@ -80,7 +80,7 @@ class _Rows:
             self.names = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
 
     def picture(self, labels: NDArray[np.int64] | None, number: int) -> Picture:
-        height, width = (int(side) for side in self._sizes[number])
+        height, width = (int(side) for side in self.sizes[number])
         return Picture(
             f"{self._name} {number}",
             height,

@@ -75,14 +75,22 @@ class Picture:
 class LazyPictures(Sequence[Picture]):
     """Some of many pictures, each made when it is asked for."""
 
-    def __init__(self, make: Callable[[int], Picture], numbers: NDArray[np.int64]) -> None:
+    def __init__(
+        self, make: Callable[[int], Picture], numbers: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> None:
         """Store what to make pictures of.
 
         Args:
             make: gives the picture of a number.
             numbers: (n,) of the pictures this sequence holds.
+            sizes: (m, 2) heights and widths of all pictures by number, in pixels.
         """
-        self._make, self._numbers = make, numbers
+        self._make, self._numbers, self._sizes = make, numbers, sizes
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(n, 2) heights and widths of the pictures of this sequence, in pixels."""
+        return self._sizes[self._numbers]
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -95,7 +103,7 @@ class LazyPictures(Sequence[Picture]):
     def __getitem__(self, index: int | slice, /) -> "Picture | LazyPictures":
         """Return one picture, or the sequence of some."""
         if isinstance(index, slice):
-            return LazyPictures(self._make, self._numbers[index])
+            return LazyPictures(self._make, self._numbers[index], self._sizes)
         return self._make(int(self._numbers[index]))
 
 
@@ -113,6 +121,17 @@ class Parts(NamedTuple):
     held_out: Sequence[Picture]
     labels: tuple[str, ...] | None = None
     streamed: bool = False
+
+
+def sizes_of(pictures: Sequence[Picture]) -> NDArray[np.int64]:
+    """Return the heights and widths of pictures, (n, 2), in pixels.
+
+    Args:
+        pictures: any number of them, none made that is not.
+    """
+    if isinstance(pictures, LazyPictures):
+        return pictures.sizes
+    return np.array([(p.height, p.width) for p in pictures], dtype=np.int64).reshape(-1, 2)
 
 
 def hold_out(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

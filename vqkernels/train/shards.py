@@ -85,12 +85,13 @@ def shard_pictures(shards: Sequence[Path]) -> Parts:
     else:
         shard_of = np.repeat(np.arange(len(shards)), counts)
         parts = tuple(np.flatnonzero(np.isin(shard_of, part)) for part in hold_out(len(shards)))
-    training, held_out = (LazyPictures(samples.picture, part) for part in parts)
+    sizes = np.concatenate([index.places[:, 2:] for index in indices])
+    training, held_out = (LazyPictures(samples.picture, part, sizes) for part in parts)
     return Parts(training, held_out, labels and labels[1], streamed=True)
 
 
 class _Index(NamedTuple):
-    """Of the samples of one shard: names, (n, 4) place, length, height and width of the image, labels."""
+    """Of the samples of one shard: names, (n, 4) offset, bytes, height and width of the image, labels."""
 
     names: NDArray[np.bytes_]
     places: NDArray[np.int64]
