@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vqkernels.train import data as data_module
+from vqkernels.train import shard_index
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import load_images
 from vqkernels.train.order import EpochOrder
@@ -257,6 +258,35 @@ def test_a_walk_shows_every_picture_once_from_the_middle(stream):
     assert [shares[number % 3][number // 3] for number in range(len(names))] == names
     with pytest.raises(RunError, match="be at least 19 pixels"):
         next(images.walk("train", 19))
+
+
+def test_an_index_is_kept_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_index, "STORE_BYTES", 0)
+    folder = write_shards(tmp_path / "shards", shards=2)
+    first = load_images(config(folder))
+    kept = list((tmp_path / "cache" / "vqkernels" / "shards").iterdir())
+    assert len(kept) == 2 and all(path.suffix == ".npz" for path in kept)
+
+    def again():
+        shard_index.index_shard.cache_clear()
+        images = load_images(config(folder))
+        assert torch.equal(images.batch(3), first.batch(3)) and images.labels == first.labels
+        assert [p.name for p in images.training] == [p.name for p in first.training]
+
+    read = shard_index._read
+    monkeypatch.setattr(shard_index, "_read", lambda path: pytest.fail("the shard was walked through"))
+    again()
+    monkeypatch.setattr(shard_index, "_read", read)
+    for damaged in (b"", b"no index", kept[0].read_bytes()[:-100]):
+        kept[0].write_bytes(damaged)
+        again()
+    again()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "000.tar"))
+    again()
+    write_shards(folder, shards=2, count=9, label=lambda number: ("cls", "7"))
+    changed = load_images(config(folder))
+    assert len(changed.training) == 5 and changed.labels is not None and len(changed.labels) == 8
 
 
 def test_refusals_of_shards(tmp_path):

@@ -281,7 +281,7 @@ def _parts(data: str) -> Parts:
         refuse(RunError, "data", "data", "be photos or a folder", f"{place}, which is no folder", fix)
     if is_cifar(place):
         return cifar_pictures(place)
-    shards = sorted(place.glob("*.tar"))
+    shards = sorted(path for path in place.glob("[!.]*.tar") if path.is_file())
     if not shards:
         return folder_pictures(place)
     if image_files(place):
