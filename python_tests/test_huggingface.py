@@ -57,8 +57,8 @@ def test_classes_of_data_sets(tmp_path, label, kind, names):
     assert [s.label for s in images.walk("train", None)][:3] == ([0, 1, 2] if names else [None] * 3)
 
 
-def test_rows_that_were_selected_before(tmp_path):
-    chosen = dataset().select([5, 3, 11, 8])
+def test_rows_that_were_selected_and_formatted_before(tmp_path):
+    chosen = dataset().select([5, 3, 11, 8]).with_format("numpy")
     images = load_images(config(saved(tmp_path / "set", chosen)))
     assert [s.label for s in images.walk("train", 16)] == [2, 0, 2]
     assert np.array_equal(images.training[1].read(), pixels_of(3))

@@ -67,6 +67,8 @@ class _Rows:
     def __init__(self, dataset: "Dataset", path: str, split: str) -> None:
         import datasets
 
+        # a data set remembers the tensors that it was told to give
+        dataset = dataset.with_format(None)
         column = _image_column(dataset, path)
         self._name, self._column = f"{Path(path).name}/{split}", column
         self._images = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -75,7 +77,7 @@ class _Rows:
         self.found: list[int | str | None] = [None] * self.count
         self.names: tuple[str, ...] | None = None
         if "label" in dataset.column_names:
-            self.found = [_plain(label) for label in dataset.with_format(None)["label"][:]]
+            self.found = [_plain(label) for label in dataset["label"][:]]
             kind = dataset.features["label"]
             self.names = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
 
