@@ -66,7 +66,8 @@ def test_rows_that_were_selected_and_formatted_before(tmp_path):
 
 def test_refusals_of_data_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    assert "no such folder" in refusal(f"hf:{tmp_path / 'nowhere'}")
+    for nowhere in (tmp_path / "nowhere", "./nowhere:train", "some/where/else", ""):
+        assert "no such folder" in refusal(f"hf:{nowhere}")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert str(empty) in refusal(f"hf:{empty}")

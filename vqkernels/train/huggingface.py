@@ -129,7 +129,7 @@ def _load(path: str) -> "Mapping[str, Dataset]":
             RunError, "data", f"{HF_PREFIX}{path}", "be read by the datasets package", "no such package", fix
         )
     place = Path(path)
-    if not place.exists() and (path.startswith((".", "/")) or path.count("/") > 1 or not path):
+    if not path or (not place.exists() and (path.startswith((".", "/")) or path.count("/") > 1)):
         _refuse_data(path, "no such folder or file")
     try:
         if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
