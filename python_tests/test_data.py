@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.data import PHOTOS_HELD_OUT, PHOTOS_TRAIN, load_images
+from vqkernels.train.data import load_images
+from vqkernels.train.pictures import PHOTOS_HELD_OUT, PHOTOS_TRAIN
 
 
 def write_images(folder, count=12, size=(24, 20)):
@@ -162,6 +163,37 @@ def test_unreadable_pictures(tmp_path):
     assert "deeper than 8 bits" in refusal(folder)
 
 
+def test_folders_are_classes_where_every_picture_lies_in_one(tmp_path):
+    for name in ("dog", "cat/young", "bird"):
+        write_images(tmp_path / "images" / name, count=4)
+    images = load_images(config(tmp_path / "images"))
+    assert images.labels == ("bird", "cat", "dog")
+    walked = [*images.walk("train", 16), *images.walk("held_out", 16)]
+    assert len({sample.name for sample in walked}) == 12
+    assert all(sample.name.startswith(images.labels[sample.label]) for sample in walked)
+    write_images(tmp_path / "images", count=1)
+    images = load_images(config(tmp_path / "images"))
+    assert images.labels is None and {sample.label for sample in images.walk("train", None)} == {None}
+
+
+def test_an_epoch_shows_the_pixels_there_are(tmp_path):
+    images = load_images(config(write_images(tmp_path / "images", count=12)))
+    assert len(images.training) == 11
+    # 11 pictures of 24x20 pixels in batches of 6 crops of 16x16
+    assert images.epoch_steps == 4
+    assert load_images(config(tmp_path / "images", batch_size=1000)).epoch_steps == 1
+
+
+def test_a_walk_takes_the_middle_or_the_whole(tmp_path):
+    images = load_images(config(write_images(tmp_path / "images", count=3, size=(21, 19))))
+    for crop, window in ((16, np.s_[2:18, 1:17]), (None, np.s_[:20, :16])):
+        for picture, sample in zip(images.training, images.walk("train", crop), strict=True):
+            wanted = torch.from_numpy(picture.read()[window].astype(np.float32)).permute(2, 0, 1)
+            assert sample.name == picture.name and torch.equal(sample.image, wanted / 127.5 - 1)
+    with pytest.raises(RunError, match=r"be at least 20 pixels each way; got 000\.png of 21x19"):
+        next(images.walk("train", 20))
+
+
 def write_cifar(folder, *, protocol=2, per_file=3):
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -169,7 +201,8 @@ def write_cifar(folder, *, protocol=2, per_file=3):
     images = {}
     for name in names:
         images[name] = rng.integers(0, 256, (per_file, 3072), dtype=np.uint8)
-        content = {b"data": images[name], b"labels": [1] * per_file, b"batch_label": b"some"}
+        labels = [number % 10 for number in range(per_file)]
+        content = {b"data": images[name], b"labels": labels, b"batch_label": b"some"}
         (folder / name).write_bytes(pickle.dumps(content, protocol=protocol))
     return images
 
@@ -183,6 +216,22 @@ def test_cifar_is_recognised_and_read(tmp_path, protocol, inner):
     planes = written["data_batch_2"][1].reshape(3, 32, 32)
     assert np.array_equal(images.training[4].read(), planes.transpose(1, 2, 0))
     assert np.array_equal(images.held_out[2].read()[..., 0].ravel(), written["test_batch"][2][:1024])
+
+
+def test_classes_of_cifar(tmp_path):
+    write_cifar(tmp_path / "data")
+    images = load_images(config(tmp_path / "data"))
+    assert images.labels is not None and len(images.labels) == 10 and images.labels[3] == "cat"
+    assert [sample.label for sample in images.walk("train", 32)] == [0, 1, 2] * 5
+    assert [sample.label for sample in images.walk("held_out", 32)] == [0, 1, 2]
+    array = np.zeros((2, 3072), dtype=np.uint8)
+    for labels in ([0], [0, 10], [0, "1"], 7):
+        content = {b"data": array, b"labels": labels}
+        (tmp_path / "data" / "test_batch").write_bytes(pickle.dumps(content))
+        assert "no list of 2 class numbers" in refusal(tmp_path / "data")
+    (tmp_path / "data" / "test_batch").write_bytes(pickle.dumps({b"data": array}))
+    images = load_images(config(tmp_path / "data"))
+    assert images.labels is None and images.training[0].label is None
 
 
 def test_cifar_of_python_2(tmp_path):

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,32 @@ TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_FILE = "test_batch"
 ARCHIVE_FOLDER = "cifar-10-batches-py"
 
+# names of the classes by number, as the data set's page lists them
+CIFAR_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+class CifarPart(NamedTuple):
+    """The training or the test images.
+
+    Attributes:
+        images: (n, 32, 32, 3) uint8.
+        labels: n class numbers from 0 to 9, None where a file holds none.
+    """
+
+    images: NDArray[np.uint8]
+    labels: list[int] | None
+
 
 def is_cifar(folder: Path) -> bool:
     """Tell whether a folder, or the archive's folder inside it, holds any of CIFAR-10's Python files.
@@ -25,21 +51,23 @@ def is_cifar(folder: Path) -> bool:
     return any((_inner(folder) / name).is_file() for name in (*TRAIN_FILES, TEST_FILE))
 
 
-def read_cifar(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read the training and the test images.
+def read_cifar(folder: Path) -> tuple[CifarPart, CifarPart]:
+    """Read the training and the test images with their classes.
 
     Args:
         folder: with data_batch_1 to data_batch_5 and test_batch, or the folder above cifar-10-batches-py.
 
     Returns:
-        Two arrays (n, 32, 32, 3) uint8.
+        The training and the test part.
 
     Raises:
         RunError: if a file is missing, damaged, or holds more than plain data and numpy arrays.
     """
     folder = _inner(folder)
-    training = np.concatenate([_read(folder / name) for name in TRAIN_FILES])
-    return training, _read(folder / TEST_FILE)
+    files = [_read(folder / name) for name in TRAIN_FILES]
+    labels = [label for file in files for label in file.labels or ()]
+    images = np.concatenate([file.images for file in files])
+    return CifarPart(images, labels if len(labels) == len(images) else None), _read(folder / TEST_FILE)
 
 
 def _inner(folder: Path) -> Path:
@@ -47,7 +75,7 @@ def _inner(folder: Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
+def _read(path: Path) -> CifarPart:
     if not path.is_file():
         _refuse(path, "no such file")
     try:
@@ -71,7 +99,16 @@ def _read(path: Path) -> NDArray[np.uint8]:
     images = found.values if isinstance(found, _ByteArray) else None
     if images is None or images.ndim != 2 or images.shape[1] != 3072:
         _refuse(path, "no (n, 3072) uint8 array under 'data'")
-    return np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    labels = content.get(b"labels", content.get("labels"))
+    if labels is not None and not _are_labels(labels, len(images)):
+        _refuse(path, f"no list of {len(images)} class numbers from 0 to 9 under 'labels'")
+    return CifarPart(np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels)
+
+
+def _are_labels(labels: object, count: int) -> bool:
+    if not isinstance(labels, list) or len(labels) != count:
+        return False
+    return all(isinstance(label, int) and 0 <= label < len(CIFAR_CLASSES) for label in labels)
 
 
 def _refuse(path: Path, got: str) -> NoReturn:

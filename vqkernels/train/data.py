@@ -1,32 +1,32 @@
 """Images whose training batch is a pure function of the seed and the step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from vqkernels.checks import refuse
-from vqkernels.train.cifar import is_cifar, read_cifar
+from vqkernels.train.cifar import is_cifar
 from vqkernels.train.config import RunError, TrainConfig
-
-PHOTOS_TRAIN = (
-    "astronaut.png",
-    "chelsea.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "motorcycle_left.png",
-    "motorcycle_right.png",
-    "retina.jpg",
+from vqkernels.train.huggingface import HF_PREFIX, hf_pictures
+from vqkernels.train.order import EpochOrder
+from vqkernels.train.pictures import (
+    Parts,
+    Picture,
+    cifar_pictures,
+    folder_pictures,
+    image_files,
+    photos,
+    sizes_of,
 )
-PHOTOS_HELD_OUT = ("coffee.png", "rocket.jpg")
+from vqkernels.train.shards import is_pattern, pattern_shards, shard_pictures
 
 # decoded pictures up to this many bytes stay in memory; beyond it every use decodes anew
 KEEP_BYTES = 1 << 30
@@ -52,41 +52,29 @@ class HeldOut(NamedTuple):
     image: Tensor
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One image: its size, and its pixels or the file they are in.
+class Sample(NamedTuple):
+    """One picture of a walk through a part of the data.
 
     Attributes:
-        name: for messages and captions.
-        height: in pixels.
-        width: in pixels.
-        path: the file, None when the pixels are here.
-        pixels: (H, W, 3) uint8, None until they are read.
+        name: where it comes from.
+        image: (3, H, W) float32 in [-1, 1].
+        label: number of its class, None where the data names none.
     """
 
     name: str
-    height: int
-    width: int
-    path: Path | None = None
-    pixels: NDArray[np.uint8] | None = None
-
-    def read(self) -> NDArray[np.uint8]:
-        """Return the pixels, (H, W, 3) uint8, from memory or from the file.
-
-        Raises:
-            RunError: if the file cannot be decoded.
-        """
-        if self.pixels is not None:
-            return self.pixels
-        with _open(self.path or Path(self.name)) as image:
-            try:
-                return np.asarray(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
-                _refuse_image(self.path or Path(self.name), str(error))
+    image: Tensor
+    label: int | None
 
 
 class ImageSet:
-    """Pictures in two parts: random crops of one to train on, the whole of the other to measure on."""
+    """Pictures in two parts: random crops of one to train on, the whole of the other to measure on.
+
+    Attributes:
+        training: pictures to take crops from.
+        held_out: pictures to measure on.
+        labels: names of the classes by their numbers, None where the data names none.
+        epoch_steps: steps that show as many crops as streamed samples, else as many pixels as the pictures.
+    """
 
     def __init__(
         self,
@@ -98,6 +86,8 @@ class ImageSet:
         factor: int,
         seed: int,
         augment: bool = False,
+        labels: tuple[str, ...] | None = None,
+        order: EpochOrder | None = None,
     ) -> None:
         """Check that every picture is large enough.
 
@@ -109,6 +99,9 @@ class ImageSet:
             factor: held-out pictures are cut at the right and bottom to a multiple of it.
             seed: of the crops.
             augment: mirror half of the crops and change the exposure of all.
+            labels: names of the classes by their numbers, None where the data names none.
+            order: in which training pictures are shown, one crop of each in an epoch; None to draw them
+                anew for every batch.
 
         Raises:
             RunError: if a part is empty, or a picture is smaller than the crop or too small to measure on.
@@ -118,26 +111,31 @@ class ImageSet:
             refuse(
                 RunError, "data", "images", "be at least 2, to hold one out", got, "Add images to the folder"
             )
-        small = [p for p in (*training, *held_out) if min(p.height, p.width) < crop]
-        if small:
-            least = min(min(p.height, p.width) for p in small)
-            got = f"{small[0].name} of {small[0].height}x{small[0].width} and {len(small) - 1} more"
+        sizes, measured = sizes_of(training), sizes_of(held_out)
+        sides = np.concatenate([sizes, measured]).min(1)
+        small = np.flatnonzero(sides < crop)
+        if len(small):
+            first, least = int(small[0]), int(sides.min())
+            picture = training[first] if first < len(training) else held_out[first - len(training)]
+            got = f"{picture.name} of {picture.height}x{picture.width} and {len(small) - 1} more"
             fix = f"Remove them, or pass --crop {least // factor * factor}"
             if least < factor:
                 fix = "Remove them"
             refuse(RunError, "data", "images", f"be at least crop = {crop} pixels each way", got, fix)
-        for picture in held_out:
-            if min(picture.height, picture.width) // factor * factor < MIN_HELD_OUT_SIDE:
-                got = f"{picture.name} of {picture.height}x{picture.width}"
-                requirement = f"have {MIN_HELD_OUT_SIDE} pixels each way for SSIM, in multiples of {factor}"
-                refuse(RunError, "data", "held-out images", requirement, got, "Use larger images")
-        self.training = tuple(training)
-        self.held_out = tuple(held_out)
+        low = np.flatnonzero(measured.min(1) // factor * factor < MIN_HELD_OUT_SIDE)
+        if len(low):
+            picture = held_out[int(low[0])]
+            got = f"{picture.name} of {picture.height}x{picture.width}"
+            requirement = f"have {MIN_HELD_OUT_SIDE} pixels each way for SSIM, in multiples of {factor}"
+            refuse(RunError, "data", "held-out images", requirement, got, "Use larger images")
+        self.training, self.held_out, self.labels = training, held_out, labels
         self._crop, self._batch_size, self._factor, self._seed = crop, batch_size, factor, seed
-        self._augment = augment
+        self._augment, self._order = augment, order
+        crops = len(training) if order else sizes.prod(1).sum() / crop**2
+        self.epoch_steps = math.ceil(crops / batch_size)
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Tensor:
-        """Return the crops of one step, uniform over pictures and positions.
+        """Return the crops of one step, uniform over positions; streamed pictures come in their order.
 
         Args:
             step: 0-based step.
@@ -148,20 +146,23 @@ class ImageSet:
             (batch_size / world, 3, crop, crop) float32 in [-1, 1], channels last in memory.
         """
         rng = np.random.default_rng((self._seed, step))
-        which = rng.integers(len(self.training), size=self._batch_size)
-        where = rng.random((self._batch_size, 2))
         share = self._batch_size // world
+        own = slice(rank * share, (rank + 1) * share)
+        if self._order is None:
+            which = rng.integers(len(self.training), size=self._batch_size)[own]
+        else:
+            which = self._order.take(step * self._batch_size + rank * share, share)
+        where = rng.random((self._batch_size, 2))[own]
         crops = np.empty((share, self._crop, self._crop, 3), dtype=np.uint8)
         for row in range(share):
-            picture = self.training[which[rank * share + row]]
+            picture = self.training[int(which[row])]
             top, left = (
                 int(u * (size - self._crop + 1))
-                for u, size in zip(where[rank * share + row], (picture.height, picture.width), strict=True)
+                for u, size in zip(where[row], (picture.height, picture.width), strict=True)
             )
             crops[row] = picture.read()[top : top + self._crop, left : left + self._crop]
         batch = _to_float(crops)
         if self._augment:
-            own = slice(rank * share, (rank + 1) * share)
             mirrored = torch.from_numpy(rng.random(self._batch_size)[own] < 0.5)
             gain = rng.uniform(*GAIN, self._batch_size)[own].astype(np.float32)
             offset = rng.uniform(-OFFSET, OFFSET, self._batch_size)[own].astype(np.float32)
@@ -180,6 +181,37 @@ class ImageSet:
             height, width = (size // self._factor * self._factor for size in (picture.height, picture.width))
             yield HeldOut(picture.name, _to_float(picture.read()[:height, :width]).permute(2, 0, 1))
 
+    def walk(
+        self, part: Literal["train", "held_out"], crop: int | None, *, rank: int = 0, world: int = 1
+    ) -> Iterator[Sample]:
+        """Yield every picture of a part once, in a fixed order.
+
+        Args:
+            part: of the data.
+            crop: side of the square taken from the middle, in pixels; None for the whole picture, cut at
+                the right and bottom to a multiple of the down-sampling factor.
+            rank: of this process.
+            world: number of processes; each walks through every world-th picture.
+
+        Raises:
+            RunError: if a picture is smaller than the crop, or cannot be decoded.
+        """
+        pictures = self.training if part == "train" else self.held_out
+        for picture in pictures[rank::world]:
+            if crop is not None and min(picture.height, picture.width) < crop:
+                got = f"{picture.name} of {picture.height}x{picture.width}"
+                refuse(RunError, "data", "images", f"be at least {crop} pixels each way", got, "Remove it")
+            pixels = picture.read()
+            if crop is None:
+                height, width = (
+                    size // self._factor * self._factor for size in (picture.height, picture.width)
+                )
+                pixels = pixels[:height, :width]
+            else:
+                top, left = ((size - crop) // 2 for size in (picture.height, picture.width))
+                pixels = pixels[top : top + crop, left : left + crop]
+            yield Sample(picture.name, _to_float(pixels).permute(2, 0, 1), picture.label)
+
     def only(self, number: int) -> "ImageSet":
         """Return a set with the same training pictures and a single held-out one.
 
@@ -192,114 +224,72 @@ class ImageSet:
 
 
 def load_images(config: TrainConfig) -> ImageSet:
-    """Open the data of a run: `photos`, a folder of images, or a folder of CIFAR-10's Python files.
+    """Open the data of a run.
 
-    A folder of images is searched at any depth; in the order of the paths every tenth picture is held out,
-    or the last of fewer than ten. CIFAR-10 holds out its test set. Transparency is dropped.
+    `data` is one of
+    - `photos`: those that come with scikit-image;
+    - a folder of images, searched at any depth; its sub-folders are classes where every picture lies in one;
+    - a folder of CIFAR-10's Python files;
+    - a folder of tar shards, a shard, or a pattern such as `shards/{000..009}.tar`, as webdataset writes;
+    - `hf:PATH`, a data set on this disk, or `hf:NAME`, one that the datasets package fetches from the Hugging
+      Face hub; either with `:SPLIT` behind it.
+
+    In their order every tenth picture is held out, or the last of fewer than ten; of shards every tenth,
+    if there are two or more. CIFAR-10 holds out its test set, a data set of several splits the one named
+    validation or test. Transparency is dropped. Shards and `hf:` are streamed: an epoch shows each once.
 
     Args:
-        config: of the run; `data`, `crop`, `batch_size`, `downsamplings` and `seed` matter here.
+        config: of the run; `data`, `crop`, `batch_size`, `downsamplings`, `augment` and `seed` matter here.
 
     Returns:
         The images, decoded and in memory when they take less than `KEEP_BYTES`.
 
     Raises:
-        RunError: if there are no such images, one is unreadable, or one is too small.
+        RunError: if there are no such images, one is unreadable, one is too small, or a package is missing.
     """
-    if config.data == "photos":
-        training, held_out = _photos()
-    elif is_cifar(Path(config.data)):
-        training, held_out = (
-            _arrays(part, name)
-            for part, name in zip(read_cifar(Path(config.data)), ("train", "test"), strict=True)
-        )
-    else:
-        training, held_out = _folder(Path(config.data))
+    parts = _parts(config.data)
+    order = EpochOrder(len(parts.training), config.seed) if parts.streamed and parts.training else None
     images = ImageSet(
-        training,
-        held_out,
+        parts.training,
+        parts.held_out,
         crop=config.crop,
         batch_size=config.batch_size,
         factor=config.factor,
         seed=config.seed,
         augment=config.augment,
+        labels=parts.labels,
+        order=order,
     )
-    if sum(3 * p.height * p.width for p in (*training, *held_out)) <= KEEP_BYTES:
-        images.training = tuple(replace(p, pixels=p.read()) for p in images.training)
-        images.held_out = tuple(replace(p, pixels=p.read()) for p in images.held_out)
+    if 3 * sum(int(sizes_of(part).prod(1).sum()) for part in parts[:2]) <= KEEP_BYTES:
+        images.training, images.held_out = (
+            [replace(p, pixels=p.read(), content=None) for p in part]
+            for part in (images.training, images.held_out)
+        )
     return images
+
+
+def _parts(data: str) -> Parts:
+    place = Path(data)
+    if data == "photos":
+        return photos()
+    if data.startswith(HF_PREFIX):
+        return hf_pictures(data.removeprefix(HF_PREFIX))
+    if is_pattern(data):
+        return shard_pictures(pattern_shards(data))
+    if not place.is_dir():
+        fix = "Pass --data photos, or a folder of images"
+        refuse(RunError, "data", "data", "be photos or a folder", f"{place}, which is no folder", fix)
+    if is_cifar(place):
+        return cifar_pictures(place)
+    shards = sorted(path for path in place.glob("[!.]*.tar") if path.is_file())
+    if not shards:
+        return folder_pictures(place)
+    if image_files(place):
+        got = f"{len(shards)} *.tar and {len(image_files(place))} images in {place}"
+        fix = f"Pass --data '{place}/*.tar' to train on the shards, or move them away"
+        refuse(RunError, "data", "data", "hold either images or tar shards", got, fix)
+    return shard_pictures(shards)
 
 
 def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1.0)
-
-
-def _photos() -> tuple[list[Picture], list[Picture]]:
-    # the package is found, not imported: its data module would fetch what the wheel lacks
-    spec = find_spec("skimage")
-    if spec is None or spec.origin is None:
-        fix = 'Install it with pip install "vqkernels[train]"'
-        refuse(RunError, "data", "photos", "come with the scikit-image package", "no such package", fix)
-    folder = Path(spec.origin).parent / "data"
-    missing = [name for name in (*PHOTOS_TRAIN, *PHOTOS_HELD_OUT) if not (folder / name).is_file()]
-    if missing:
-        fix = "Install scikit-image from its wheel, or pass --data FOLDER"
-        refuse(RunError, "data", "photos", f"lie in {folder}", f"no {', '.join(missing)}", fix)
-    training, held_out = (
-        [_header(folder / name, Path(name).stem) for name in names]
-        for names in (PHOTOS_TRAIN, PHOTOS_HELD_OUT)
-    )
-    return training, held_out
-
-
-def _folder(folder: Path) -> tuple[list[Picture], list[Picture]]:
-    fix = "Pass --data photos, or a folder of images"
-    if not folder.is_dir():
-        refuse(RunError, "data", "data", "be photos or a folder", f"{folder}, which is no folder", fix)
-    # formats that PIL can read, not those it only writes; hidden files are notes of file systems
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    paths = sorted(path for path in found if not path.name.startswith("."))
-    if not paths:
-        refuse(RunError, "data", "data", "hold image files that PIL reads", f"none in {folder}", fix)
-    pictures = [_header(path, str(path.relative_to(folder))) for path in paths]
-    if len(pictures) == 1:
-        got = f"only {pictures[0].name} in {folder}"
-        refuse(
-            RunError,
-            "data",
-            "data",
-            "hold at least 2 images, to hold one out",
-            got,
-            "Add images to the folder",
-        )
-    held_out = pictures[9::10] or pictures[-1:]
-    names = {picture.name for picture in held_out}
-    return [picture for picture in pictures if picture.name not in names], held_out
-
-
-def _arrays(images: NDArray[np.uint8], part: str) -> list[Picture]:
-    return [
-        Picture(f"{part} {number}", image.shape[0], image.shape[1], pixels=image)
-        for number, image in enumerate(images)
-    ]
-
-
-def _header(path: Path, name: str) -> Picture:
-    with _open(path) as image:
-        # PIL would clip deeper pixels to 8 bits without a word
-        if image.mode[:1] in ("I", "F"):
-            _refuse_image(path, f"pixels of mode {image.mode}, deeper than 8 bits")
-        return Picture(name, image.height, image.width, path=path)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        _refuse_image(path, str(error))
-
-
-def _refuse_image(path: Path, reason: str) -> NoReturn:
-    fix = "Remove the file or replace it"
-    refuse(RunError, "data", "images", "be readable 8-bit pictures", f"{path} ({reason.rstrip('.')})", fix)
