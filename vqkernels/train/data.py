@@ -136,6 +136,11 @@ class ImageSet:
         self._crop, self._batch_size, self._factor, self._seed = crop, batch_size, factor, seed
         self._augment = augment
 
+    @property
+    def crop(self) -> int:
+        """Side of a training crop, in pixels."""
+        return self._crop
+
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Tensor:
         """Return the crops of one step, uniform over pictures and positions.
 
