@@ -1,0 +1,1 @@
+"""The commands of `python -m vqkernels`, one file each; nothing else of the package prints."""
