@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, Self
@@ -45,6 +46,8 @@ class FeatureNet:
         """
         if not path.is_file():
             _refuse_file(path, "where there is none")
+        if not zipfile.is_zipfile(path):
+            _refuse_file(path, "no archive")
         device = torch.device(device)
         try:
             if path.suffix == ".pt2":
@@ -54,7 +57,7 @@ class FeatureNet:
                 # of what reads the format that these weights come in
                 warnings.simplefilter("ignore", DeprecationWarning)
                 script = torch.jit.load(str(path), map_location=device).eval()
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
             _refuse_file(path, str(error).splitlines()[0][:120])
         takes = {argument.name for argument in script.forward.schema.arguments}
         options = {"return_features": True} if "return_features" in takes else {}
