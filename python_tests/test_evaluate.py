@@ -54,10 +54,12 @@ QUANTIZERS = {
 def autoencoder(name="ste"):
     torch.manual_seed(0)
     model = VQVAE(QUANTIZERS[name](), width=6, latent_dim=D, residual_blocks=1)
-    # latents and codes of one size, so that many codes are used
+    # latents as large as codes and about zero, so that many codes are used
     with torch.no_grad():
-        model.encoder[-1].weight.mul_(20)
-        model.encoder[-1].bias.zero_()
+        last = model.encoder[-1]
+        scale, mean = torch.std_mean(model.encode(torch.rand(8, 3, 24, 24) * 2 - 1), (0, 2, 3))
+        last.weight.div_(scale[:, None, None, None])
+        last.bias.sub_(mean).div_(scale)
     return model
 
 
