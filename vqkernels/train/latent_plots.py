@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from vqkernels.train.latents import Embedding
@@ -31,6 +32,7 @@ def embedding_figure(embedding: Embedding) -> Figure:
     if embedding.codes is not None and embedding.use is not None:
         used = embedding.use > 0
         size = LEAST_AREA + (MOST_AREA - LEAST_AREA) * embedding.use[used] / max(1, embedding.use.max())
+        # few codes in use must not hide behind many dead ones
         axes.scatter(
             *embedding.codes[used].T,
             s=size,
@@ -38,6 +40,7 @@ def embedding_figure(embedding: Embedding) -> Figure:
             alpha=0.75,
             edgecolor="white",
             linewidth=0.6,
+            zorder=3,
         )
         keys.append(_key(CODE_COLOUR, "o", f"{used.sum()} codes in use, area by use"))
         if not used.all():
@@ -65,7 +68,7 @@ def use_figure(counts: Sequence[NDArray[np.int64]], *, counted: str = "codes") -
     figure = Figure(figsize=(8.6, 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     most = max(len(stage) for stage in counts)
-    least = np.inf
+    least = 1 / most
     for number, stage in enumerate(counts):
         share = np.sort(stage)[::-1] / max(1, stage.sum())
         used = share[share > 0]
@@ -84,8 +87,9 @@ def use_figure(counts: Sequence[NDArray[np.int64]], *, counted: str = "codes") -
                 axes.axvspan(len(used) + 0.5, most + 0.5, color="0.9", linewidth=0, label=label)
     axes.set(xlabel=f"{counted}, from the most to the least used", ylabel="share of latents", yscale="log")
     axes.set_xlim(0.5, most + 0.5)
-    if np.isfinite(least):
-        axes.set_ylim(bottom=least / 2)
+    axes.set_ylim(bottom=least / 2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Use of the codebook on held-out crops", fontsize=13)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -209,7 +209,7 @@ def _configuration(config: TrainConfig) -> list[Table]:
     for field in dataclasses.fields(config):
         owner = next(base for base in reversed(owners) if field.name in inspect.get_annotations(base))
         groups.setdefault(owner, []).append((field.name, str(getattr(config, field.name))))
-    return [Table(str(getattr(owner, "title", owner.__name__)), (), rows) for owner, rows in groups.items()]
+    return [Table(str(vars(owner).get("title", owner.__name__)), (), rows) for owner, rows in groups.items()]
 
 
 def _surroundings(device: torch.device) -> Table:
