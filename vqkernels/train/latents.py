@@ -160,6 +160,7 @@ def embed(study: LatentStudy, *, seed: int = 0) -> Embedding:
     """
     # a second or more to import, and needed for this picture alone
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     points, codes, use, num_codes = study.latents.numpy(), None, None, 0
     if study.codes is not None:
@@ -168,9 +169,10 @@ def embed(study: LatentStudy, *, seed: int = 0) -> Embedding:
         codes, use = study.codes.numpy()[shown], study.counts[0].numpy()[shown]
     together = points if codes is None else np.concatenate((points, codes))
     near = max(1.0, min(30.0, (len(together) - 1) / 3))
-    layout = TSNE(perplexity=near, init="pca", learning_rate="auto", random_state=seed).fit_transform(
-        together
-    )
+    # its threads wait in busy loops where others want the cores, and would sum in another order on another machine
+    with threadpool_limits(1):
+        method = TSNE(perplexity=near, init="pca", learning_rate="auto", random_state=seed)
+        layout = method.fit_transform(together)
     split = len(points)
     return Embedding(layout[:split], None if codes is None else layout[split:], use, num_codes)
 
