@@ -134,6 +134,11 @@ class ImageSet:
         crops = len(training) if order else sizes.prod(1).sum() / crop**2
         self.epoch_steps = math.ceil(crops / batch_size)
 
+    @property
+    def crop(self) -> int:
+        """Side of a training crop, in pixels."""
+        return self._crop
+
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Tensor:
         """Return the crops of one step, uniform over positions; streamed pictures come in their order.
 

@@ -1,29 +1,36 @@
-"""What a model is worth on whole held-out images, in every evaluation mode of its quantizer."""
+"""What a model is worth on held-out images, in every evaluation mode of its quantizer."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
-from torch import Tensor
+from torch import Tensor, nn
 
-from vqkernels.models import VQVAE
-from vqkernels.nn import SFDiVeQ, SFDiVeQDetach, VectorQuantizer
-from vqkernels.nn.metrics import code_counts, perplexity, usage
+from vqkernels.checks import check_count, refuse
+from vqkernels.nn import metrics
+from vqkernels.train.config import RunError
 from vqkernels.train.data import HeldOut, ImageSet
-
-# images of one size share a forward pass up to this many pixels
-BATCH_PIXELS = 1 << 20
+from vqkernels.train.fidelity import FeatureMoments, FeatureNet, frechet_distance
+from vqkernels.train.held_out import (
+    Pass,
+    crop_batches,
+    evaluating,
+    index_sizes,
+    quantizer_of,
+    run,
+    whole_batches,
+)
+from vqkernels.train.held_out import modes_of as modes_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements on held-out images.
+    """Measurements on held-out images; whole ones unless said otherwise.
 
     Attributes:
         mode: evaluation mode of the quantizer, "codeword" where there is only one.
@@ -36,6 +43,15 @@ class Evaluation:
         perplexity: exp of the entropy of the first index, in nats.
         usage: share of the values of the first index that occur.
         counted: what the first index counts: "codes" (K of them) or "segments" (K - 1).
+        dead_codes: values of the first index that do not occur.
+        distortion: mean of |x - z|^2 over latents x and their quantized z, summed over features.
+        distortion_per_bit: that for each bit of entropy of all indices of a latent (DiVeQ eq. 17), inf at no
+            entropy; None where the indices do not determine the reconstruction.
+        crops: crops of the training size that were measured too.
+        crop_psnr: 10 log10(4 / m) in dB, m the mean squared error over all pixels of all crops; None without crops.
+        lpips: mean over images of the perceptual distance; None without its network.
+        rfid: Frechet distance of reconstructions from originals; None without its network.
+        rfid_on: what it was taken over: "images", or "crops" where there were too few images.
     """
 
     mode: str
@@ -47,72 +63,91 @@ class Evaluation:
     perplexity: float
     usage: float
     counted: str
-
-
-def modes_of(model: VQVAE) -> tuple[str, ...]:
-    """Name the evaluation modes of a model's quantizer.
-
-    Args:
-        model: any VQ-VAE.
-
-    Returns:
-        Three names for SF-DiVeQ, else "codeword".
-    """
-    return ("codeword", "curve", "segment") if _space_filling(model) is not None else ("codeword",)
+    dead_codes: int
+    distortion: float
+    distortion_per_bit: float | None
+    crops: int = 0
+    crop_psnr: float | None = None
+    lpips: float | None = None
+    rfid: float | None = None
+    rfid_on: Literal["images", "crops"] | None = None
 
 
 @torch.no_grad()
 def evaluate(
-    model: VQVAE, images: ImageSet, *, mode: str = "codeword", ssim: bool = True, limit: int | None = None
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    mode: str = "codeword",
+    ssim: bool = True,
+    limit: int | None = None,
+    crops: int = 0,
+    lpips: nn.Module | None = None,
+    features: FeatureNet | None = None,
 ) -> Evaluation:
-    """Reconstruct whole held-out images and compare.
+    """Reconstruct whole held-out images, and crops of them, and compare.
 
     Args:
-        model: with an initialised quantizer; its training flag and evaluation mode are left as they were.
+        model: with an initialised `quantizer`, returning the reconstruction first; its training flags and evaluation
+            mode are left as they were.
         images: to measure on.
         mode: one of `modes_of(model)`.
         ssim: whether to measure the structural similarity, which takes longer than the model.
-        limit: measure on at most this many images.
+        limit: measure on at most this many whole images.
+        crops: also measure on this many crops of the training size, the same ones for every model.
+        lpips: maps two batches in [-1, 1] to (B,) distances; such as `LPIPS.from_files`.
+        features: network of the Frechet distance.
 
     Returns:
         The measurements.
 
     Raises:
         RuntimeError: if the quantizer still warms up.
+        RunError: if neither images nor crops are more than the features of a Frechet distance.
     """
-    psnrs: list[float] = []
-    ssims: list[float] = []
+    check_count("evaluate", "crops", crops)
     device = next(model.parameters()).device
-    with _evaluating(model, mode):
-        quantizer = model.quantizer
-        counts = torch.zeros(quantizer.num_indices, dtype=torch.int64, device=device)
-        for batch in _batches(images.validation(limit)):
-            originals = batch.to(device)
-            reconstructions, indices, _ = model(originals)
-            reconstructions = reconstructions.float().clamp(-1, 1)
-            counts += code_counts(indices[..., 0], len(counts))
-            errors = (reconstructions - originals).double().square().mean((1, 2, 3))
-            psnrs += [10 * math.log10(4 / error) if error else math.inf for error in errors.tolist()]
-            if ssim:
-                ssims += [
-                    _ssim(a, b) for a, b in zip(_numpy(originals), _numpy(reconstructions), strict=True)
-                ]
+    with evaluating(model, mode):
+        whole, cropped = _Sums(model, features), _Sums(model, None)
+        for batch in whole_batches(images.validation(limit)):
+            whole.add(batch.to(device), ssim=ssim, lpips=lpips)
+        if features is not None and not whole.enough:
+            cropped.features = features
+        for batch in crop_batches(images, crops, side=images.crop):
+            cropped.add(batch.to(device))
+        codes = quantizer_of(model)
+        counts = [stage[:size] for stage, size in zip(whole.counts, whole.sizes, strict=True)]
+        is_code = math.isfinite(codes.bits_per_latent)
+        distortion = whole.distortion / whole.latents
+        rfid, rfid_on = _rfid(whole, cropped) if features is not None else (None, None)
         return Evaluation(
             mode=mode,
-            images=len(psnrs),
-            psnr=float(np.mean(psnrs)),
-            ssim=float(np.mean(ssims)) if ssim else None,
-            bits_per_latent=quantizer.bits_per_latent,
-            bits_per_pixel=quantizer.bits_per_latent / model.factor**2,
-            perplexity=float(perplexity(counts)),
-            usage=float(usage(counts)),
-            counted="codes" if len(counts) == quantizer.num_codes else "segments",
+            images=len(whole.errors),
+            psnr=float(np.mean([_psnr(error) for error in whole.errors])),
+            ssim=float(np.mean(whole.ssims)) if ssim else None,
+            bits_per_latent=codes.bits_per_latent,
+            bits_per_pixel=metrics.bits_per_pixel(
+                codes.bits_per_latent, latents=whole.positions, pixels=whole.pixels
+            ),
+            perplexity=float(metrics.perplexity(counts[0])),
+            usage=float(metrics.usage(counts[0])),
+            counted="codes" if whole.sizes[0] == codes.num_codes else "segments",
+            dead_codes=int(metrics.dead_codes(counts[0])),
+            distortion=float(distortion),
+            distortion_per_bit=(
+                float(metrics.distortion_per_bit(distortion, whole.counts)) if is_code else None
+            ),
+            crops=crops,
+            crop_psnr=_psnr(float(np.mean(cropped.errors))) if crops else None,
+            lpips=float(np.mean(whole.lpips)) if lpips is not None else None,
+            rfid=rfid,
+            rfid_on=rfid_on,
         )
 
 
 @torch.no_grad()
 def reconstruct(
-    model: VQVAE, images: Iterable[HeldOut], *, mode: str = "codeword"
+    model: nn.Module, images: Iterable[HeldOut], *, mode: str = "codeword"
 ) -> list[NDArray[np.uint8]]:
     """Return reconstructions to look at.
 
@@ -125,8 +160,10 @@ def reconstruct(
         One (H, W, 3) uint8 array per image.
     """
     device = next(model.parameters()).device
-    with _evaluating(model, mode):
-        return [to_pixels(model(held_out.image[None].to(device)).reconstruction[0]) for held_out in images]
+    with evaluating(model, mode):
+        return [
+            to_pixels(run(model, held_out.image[None].to(device)).reconstruction[0]) for held_out in images
+        ]
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
@@ -142,39 +179,71 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     return levels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-@contextmanager
-def _evaluating(model: VQVAE, mode: str) -> Iterator[None]:
-    """Put a model into evaluation with one mode of its quantizer, and back afterwards."""
-    estimator, training = _space_filling(model), model.training
-    before = mode if estimator is None else estimator.evaluation
-    model.eval()
-    try:
-        if estimator is not None:
-            estimator.evaluation = mode
-        yield
-    finally:
-        if estimator is not None:
-            estimator.evaluation = before
-        model.train(training)
+class _Sums:
+    """What adds up over the batches of one pass over the images."""
+
+    def __init__(self, model: nn.Module, features: FeatureNet | None) -> None:
+        self.model, self.features = model, features
+        quantizer = quantizer_of(model)
+        device = next(model.parameters()).device
+        self.channel_dim, self.sizes = quantizer.channel_dim, index_sizes(quantizer)
+        self.counts = torch.zeros(
+            len(self.sizes), max(self.sizes), dtype=torch.int64, device=device
+        )  # (Q, K)
+        self.distortion = torch.zeros((), dtype=torch.float64, device=device)
+        self.latents = torch.zeros((), dtype=torch.int64, device=device)
+        self.positions = self.pixels = 0
+        # mean squared error of each image
+        self.errors: list[float] = []
+        self.ssims: list[float] = []
+        self.lpips: list[float] = []
+        self.moments = FeatureMoments(), FeatureMoments()
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are images enough for a Frechet distance."""
+        return self.moments[0].enough
+
+    def add(self, originals: Tensor, *, ssim: bool = False, lpips: nn.Module | None = None) -> None:
+        """Reconstruct one batch and count it."""
+        passed = run(self.model, originals)
+        reconstructions = passed.reconstruction.float().clamp(-1, 1)
+        self._add_latents(passed)
+        self.pixels += len(originals) * originals.shape[-2] * originals.shape[-1]
+        self.errors += (reconstructions - originals).double().square().mean((1, 2, 3)).tolist()
+        if ssim:
+            pairs = zip(_numpy(originals), _numpy(reconstructions), strict=True)
+            self.ssims += [_ssim(a, b) for a, b in pairs]
+        if lpips is not None:
+            self.lpips += lpips(originals, reconstructions).double().flatten().tolist()
+        if self.features is not None:
+            for moments, images in zip(self.moments, (originals, reconstructions), strict=True):
+                moments.update(self.features(images))
+
+    def _add_latents(self, passed: Pass) -> None:
+        indices = passed.indices
+        self.counts += metrics.code_counts(indices, self.counts.shape[1], per_stage=True)
+        self.positions += indices[..., 0].numel()
+        total, rows = metrics.sq_error_sum(
+            passed.latents, passed.quantized, indices, channel_dim=self.channel_dim
+        )
+        self.distortion += total
+        self.latents += rows
 
 
-def _space_filling(model: VQVAE) -> SFDiVeQ | SFDiVeQDetach | None:
-    quantizer = model.quantizer
-    estimator = quantizer.estimator if isinstance(quantizer, VectorQuantizer) else None
-    return estimator if isinstance(estimator, (SFDiVeQ, SFDiVeQDetach)) else None
+def _rfid(whole: _Sums, cropped: _Sums) -> tuple[float, Literal["images", "crops"]]:
+    if whole.enough:
+        return frechet_distance(*whole.moments), "images"
+    if not cropped.enough:
+        least = whole.moments[0].mean.numel() + 1
+        requirement = f"be at least {least}, one more than the features of the network"
+        got = f"{len(cropped.errors)}, and {len(whole.errors)} whole images"
+        refuse(RunError, "evaluate", "crops", requirement, got, f"Pass --crops {least} or more")
+    return frechet_distance(*cropped.moments), "crops"
 
 
-def _batches(images: Iterable[HeldOut]) -> Iterator[Tensor]:
-    waiting: list[Tensor] = []
-    for held_out in images:
-        image = held_out.image
-        full = (len(waiting) + 1) * image[0].numel() > BATCH_PIXELS
-        if waiting and (full or waiting[0].shape != image.shape):
-            yield torch.stack(waiting)
-            waiting = []
-        waiting.append(image)
-    if waiting:
-        yield torch.stack(waiting)
+def _psnr(error: float) -> float:
+    return 10 * math.log10(4 / error) if error else math.inf
 
 
 def _numpy(images: Tensor) -> NDArray[np.float32]:

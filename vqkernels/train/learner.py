@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vqkernels.models import LPIPS, ImageAutoencoder
+from vqkernels.models import ImageAutoencoder
 from vqkernels.train.averaging import WeightAverage
-from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.losses import ImageLoss
+from vqkernels.train.config import TrainConfig
+from vqkernels.train.losses import ImageLoss, load_lpips
 from vqkernels.train.procedure import split_parameters
 
 
@@ -59,7 +59,8 @@ class Learner:
         self.config, self.accelerator = config, accelerator
         self.model = model.to(accelerator.device)
         weight = config.perceptual_weight
-        judge = ImageLoss(config.reconstruction, perceptual=_perceptual(config), perceptual_weight=weight)
+        perceptual = load_lpips(config.perceptual) if config.perceptual and weight else None
+        judge = ImageLoss(config.reconstruction, perceptual=perceptual, perceptual_weight=weight)
         self.image_loss = judge.to(accelerator.device)
         self.average = WeightAverage(model, config.weights_ema) if config.weights_ema else None
 
@@ -158,13 +159,3 @@ def mean_of(parts: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> d
         shares: of the batch, one for each part.
     """
     return {n: torch.stack([p[n] * s for p, s in zip(parts, shares, strict=True)]).sum() for n in parts[0]}
-
-
-def _perceptual(config: TrainConfig) -> LPIPS | None:
-    if config.perceptual is None or config.perceptual_weight == 0:
-        return None
-    vgg, _, linear = config.perceptual.partition(",")
-    try:
-        return LPIPS.from_files(vgg, linear or None)
-    except (FileNotFoundError, ValueError) as error:
-        raise RunError(str(error)) from error

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vqkernels.checks import check_choice, check_number, refuse
 from vqkernels.models import LPIPS
+from vqkernels.train.config import RunError
 
 DiscriminatorLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -123,6 +124,22 @@ class ImageLoss(nn.Module):
             return Judged(pixels, mse.detach(), None)
         distance = self.perceptual(reconstruction, images).mean()
         return Judged(pixels + self.weight * distance, mse.detach(), distance.detach())
+
+
+def load_lpips(files: str) -> LPIPS:
+    """Read LPIPS from the files that an option names.
+
+    Args:
+        files: torchvision's VGG-16 and the linear layers, in one file or, comma between, in two.
+
+    Raises:
+        RunError: one is missing, or holds other weights.
+    """
+    vgg, _, linear = files.partition(",")
+    try:
+        return LPIPS.from_files(vgg, linear or None)
+    except (FileNotFoundError, ValueError) as error:
+        raise RunError(str(error)) from error
 
 
 def pull(outputs: Tensor, weight: Tensor, slope: Tensor) -> Tensor:

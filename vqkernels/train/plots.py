@@ -1,7 +1,8 @@
-"""Pictures of a run; the only module that imports matplotlib."""
+"""Pictures of a run as matplotlib figures, and as PNG files that are whole or not there."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from vqkernels.train.checkpoint import replace_file
 from vqkernels.train.log import Line
 
 DPI = 120
@@ -37,6 +39,17 @@ class Row:
     captions: Sequence[str]
 
 
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG.
+
+    Args:
+        figure: of matplotlib.
+    """
+    stream = BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
 def draw_reconstructions(path: Path, originals: Mapping[str, NDArray[np.uint8]], rows: Sequence[Row]) -> None:
     """Draw originals over their reconstructions, one row per model.
 
@@ -44,6 +57,19 @@ def draw_reconstructions(path: Path, originals: Mapping[str, NDArray[np.uint8]],
         path: of the PNG to write.
         originals: (H, W, 3) uint8 by name, one column each.
         rows: the models, from top to bottom.
+    """
+    replace_file(path, png(reconstruction_figure(originals, rows)))
+
+
+def reconstruction_figure(originals: Mapping[str, NDArray[np.uint8]], rows: Sequence[Row]) -> Figure:
+    """Show originals over their reconstructions, one row per model.
+
+    Args:
+        originals: (H, W, 3) uint8 by name, one column each.
+        rows: the models, from top to bottom.
+
+    Returns:
+        The figure.
     """
     ratio = float(np.mean([image.shape[0] / image.shape[1] for image in originals.values()]))
     size = (COLUMN_INCHES * len(originals) + 0.5, (COLUMN_INCHES * ratio + 0.35) * (len(rows) + 1) + 0.3)
@@ -59,7 +85,7 @@ def draw_reconstructions(path: Path, originals: Mapping[str, NDArray[np.uint8]],
         axes_row[0].set_ylabel(row.label, fontsize=13)
     for axes, name in zip(grid[0], originals, strict=True):
         axes.set_title(f"{name} (held out)", fontsize=13)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def draw_training(path: Path, runs: Mapping[str, Sequence[Line]]) -> None:
@@ -68,6 +94,18 @@ def draw_training(path: Path, runs: Mapping[str, Sequence[Line]]) -> None:
     Args:
         path: of the PNG to write.
         runs: lines of metrics.jsonl by label.
+    """
+    replace_file(path, png(training_figure(runs)))
+
+
+def training_figure(runs: Mapping[str, Sequence[Line]]) -> Figure:
+    """Show loss, PSNR, perplexity and codebook usage against the step, one colour per run.
+
+    Args:
+        runs: lines of metrics.jsonl by label.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(11, 7.6), dpi=DPI, layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
@@ -94,7 +132,7 @@ def draw_training(path: Path, runs: Mapping[str, Sequence[Line]]) -> None:
     keys.append(Line2D([], [], color="0.3", marker="o", markersize=4, label="whole held-out images"))
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False, fontsize=11)
     figure.supxlabel(NOTE, fontsize=9, color="0.3")
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _curve(axes: Axes, lines: Sequence[Line], split: str, key: str, colour: str) -> None:
