@@ -10,15 +10,15 @@ def evaluate(checkpoint: Path, data: str | None = None, picture: Path | None = N
     """Measure a checkpoint on whole held-out images, in every evaluation mode.
 
     Args:
-        checkpoint: The checkpoint.pt of a run.
+        checkpoint: A checkpoint, or the folder of a run, which gives its newest.
         data: Other images; of a folder every tenth is held out and measured, as in training. Those of the run
             when left out.
         picture: Also draw the first reconstructions into this PNG.
     """
-    from vqkernels.train.checkpoint import open_folder
     from vqkernels.train.demo import draw_models, reconstruction_row
     from vqkernels.train.evaluate import evaluate as measure
     from vqkernels.train.evaluate import modes_of
+    from vqkernels.train.files import open_folder
     from vqkernels.train.report import format_table
     from vqkernels.train.restore import load_run
 

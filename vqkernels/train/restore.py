@@ -17,7 +17,7 @@ def load_run(path: Path, data: str | None = None) -> tuple[VQVAE, ImageSet, Trai
     """Load a trained model and the images to measure it on.
 
     Args:
-        path: of the checkpoint.
+        path: of a checkpoint, or the folder of a run, which gives its newest.
         data: `photos` or a folder; None for the data of the run.
 
     Returns:
