@@ -99,12 +99,14 @@ def train(
         run.accelerator.wait_for_everyone()
         if main:
             store.settle(checkpoint)
+        bad = None
         try:
             with MetricsLog(config.metrics_path(), run.step) if main else nullcontext() as log:
                 run.go(log, stop, progress, on_line)
         except NotFiniteError:
             bad = run.step if run.bad_step is None else run.bad_step
-            # the device may have no room for two of them
+        if bad is not None:
+            # the device may have no room for two of them, and an exception would hold the first
             del run
             _keep_bad_step(config, images, store, bad)
     stopped_by = stop.name if run.step < config.steps else None
