@@ -9,9 +9,9 @@ import zipfile
 import pytest
 import torch
 
-from vqkernels.train import checkpoint as module
-from vqkernels.train.checkpoint import Checkpoint, load_checkpoint, open_folder, replace_file
+from vqkernels.train.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from vqkernels.train.config import FREE_FIELDS, RunError, TrainConfig
+from vqkernels.train.files import open_folder, replace_file
 from vqkernels.train.model import build_model
 
 SMALL = {"width": 8, "latent_dim": 4, "num_codes": 8, "crop": 16, "batch_size": 2, "residual_blocks": 1}
@@ -23,9 +23,19 @@ def make(step=3, **fields):
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.rand(2, 3, 16, 16)).reconstruction.sum().backward()
     optimizer.step()
-    rng = {"cpu": torch.get_rng_state()}
+    rng = {"cpu0": torch.get_rng_state()}
     window = {"sums": torch.ones(3)}
-    return Checkpoint(config, step, model.state_dict(), optimizer.state_dict(), {}, window, rng), model
+    learner = {
+        "optimizers": [optimizer.state_dict()],
+        "scaler": {},
+        "average": None,
+        "started": (1, 2.5, "x"),
+    }
+    return Checkpoint(config, step, model.state_dict(), learner, window, rng), model
+
+
+def save(checkpoint, path):
+    replace_file(path, checkpoint.to_bytes())
 
 
 def refused(action):
@@ -38,38 +48,41 @@ def refused(action):
 
 def test_round_trip(tmp_path):
     saved, _ = make()
-    saved.save(tmp_path / "checkpoint.pt")
+    save(saved, tmp_path / "checkpoint.pt")
     loaded = load_checkpoint(tmp_path / "checkpoint.pt")
     assert loaded.config == saved.config and loaded.step == 3 and loaded.version == saved.version
     assert loaded.model.keys() == saved.model.keys()
     for name, value in saved.model.items():
         assert torch.equal(loaded.model[name], value), name
         assert loaded.model[name].stride() == value.stride(), name
-    for number, state in saved.optimizer["state"].items():
-        assert all(torch.equal(loaded.optimizer["state"][number][key], value) for key, value in state.items())
-    assert torch.equal(loaded.rng["cpu"], saved.rng["cpu"])
+    kept, given = loaded.learner["optimizers"][0]["state"], saved.learner["optimizers"][0]["state"]
+    assert kept.keys() == given.keys()
+    for number, state in given.items():
+        assert all(torch.equal(kept[number][key], value) for key, value in state.items())
+    assert loaded.learner["started"] == (1, 2.5, "x") and loaded.learner["average"] is None
+    assert torch.equal(loaded.rng["cpu0"], saved.rng["cpu0"])
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    make(step=3)[0].save(path)
+    save(make(step=3)[0], path)
     before = path.read_bytes()
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
-    text = refused(lambda: make(step=4)[0].save(path))
+    monkeypatch.setattr(os, "fsync", full)
+    text = refused(lambda: save(make(step=4)[0], path))
     assert "No space left on device" in text
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     events = []
-    fsync, replace = os.fsync, module.Path.replace
-    monkeypatch.setattr(module.os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(module.Path, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
     replace_file(tmp_path / "file", b"content")
     assert events == ["fsync", "replace", "fsync"]
     assert (tmp_path / "file").read_bytes() == b"content"
@@ -78,7 +91,7 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
 def test_truncated_files(tmp_path, share):
     path = tmp_path / "checkpoint.pt"
-    make()[0].save(path)
+    save(make()[0], path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     text = refused(lambda: load_checkpoint(path))
@@ -87,7 +100,7 @@ def test_truncated_files(tmp_path, share):
 
 def test_a_flipped_bit(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    make()[0].save(path)
+    save(make()[0], path)
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda item: item.file_size)
     content = bytearray(path.read_bytes())
@@ -106,7 +119,7 @@ class _Evil:
 
 def test_loading_runs_nothing(tmp_path):
     path, trace = tmp_path / "checkpoint.pt", tmp_path / "trace"
-    torch.save({"format": module.FORMAT, "evil": _Evil(str(trace))}, path)
+    torch.save({"format": FORMAT, "evil": _Evil(str(trace))}, path)
     assert "plain values only" in refused(lambda: load_checkpoint(path))
     path.write_bytes(pickle.dumps(_Evil(str(trace))))
     assert "another kind of file" in refused(lambda: load_checkpoint(path))
@@ -117,7 +130,10 @@ def test_foreign_files(tmp_path):
     path = tmp_path / "checkpoint.pt"
     assert "where there is none" in refused(lambda: load_checkpoint(path))
     torch.save({"state_dict": {}}, path)
-    assert "vqkernels checkpoint 1" in refused(lambda: load_checkpoint(path))
+    assert FORMAT in refused(lambda: load_checkpoint(path))
+    torch.save({"format": "vqkernels checkpoint 1", "version": "0.1"}, path)
+    text = refused(lambda: load_checkpoint(path))
+    assert "'vqkernels checkpoint 1'" in text and "vqkernels 0.1" in text and "Train again" in text
     torch.save([1, 2], path)
     assert "list" in refused(lambda: load_checkpoint(path))
     with zipfile.ZipFile(path, "w") as archive:

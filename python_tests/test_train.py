@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -74,7 +72,7 @@ def same_weights(one, other):
     a, b = load_checkpoint(one.checkpoint_path()), load_checkpoint(other.checkpoint_path())
     assert a.step == b.step and a.model.keys() == b.model.keys()
     assert all(torch.equal(value, b.model[name]) for name, value in a.model.items())
-    torch.testing.assert_close(a.optimizer, b.optimizer, rtol=0, atol=0)
+    torch.testing.assert_close(a.learner, b.learner, rtol=0, atol=0)
     assert untimed(one.metrics_path()) == untimed(other.metrics_path())
 
 
@@ -113,48 +111,12 @@ def command(config):
     return words
 
 
-def environment():
-    # runs are promised to be equal to the bit on a cpu
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@needs_tyro
-def test_kill_at_any_moment_then_resume(make):
-    slow = {"steps": 240, "log_every": 5, "checkpoint_every": 7, "evaluate_every": 100}
-    whole, killed = make("whole", **slow), make("killed", **slow)
-    finished = subprocess.run(command(whole), env=environment(), capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    # once in the warm-up, before or within its second checkpoint, and once after it
-    for moment in (10, 95):
-        process = subprocess.Popen(
-            command(killed), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if any(int(line["step"] or 0) >= moment for line in _lines_of_a_writer(killed.metrics_path())):
-                break
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.communicate()
-    saved = load_checkpoint(killed.checkpoint_path())
-    assert 0 < saved.step < slow["steps"]
-    # a write that was cut off must not matter either
-    (Path(killed.out) / ".checkpoint.pt.part").write_bytes(b"PK\x03\x04 half")
-    resumed = subprocess.run(command(killed), env=environment(), capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    same_weights(whole, killed)
-
-
-def _lines_of_a_writer(path):
-    return read_lines(path) if path.exists() else []
-
-
 def test_an_earlier_run_is_not_overwritten(make):
     config = make(quantizer="ste", steps=2)
     train(config)
-    with pytest.raises(RunError, match=r"out must hold no earlier run; got .* at step 2. Pass --resume"):
+    with pytest.raises(
+        RunError, match=r"out must hold no earlier run; got .*step-00000002.pt. Pass --resume"
+    ):
         train(config)
     with pytest.raises(RunError, match=r"same configuration; got .*lr \(0.00055, 0.1\)"):
         train(make(quantizer="ste", steps=2, lr=0.1), resume=True)
@@ -170,14 +132,6 @@ def test_refusals_come_before_training(make, tmp_path, folder):
     if not torch.cuda.is_available():
         with pytest.raises(RunError, match="precision must be one that this device has; got 'fp16'"):
             train(make(precision="fp16"))
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(make):
-    config = make(quantizer="ste", lr=1e30, steps=40, checkpoint_every=1)
-    with pytest.raises(RunError, match=r"train: loss must stay finite; got (nan|inf) at step"):
-        train(config)
-    weights = load_checkpoint(config.checkpoint_path())
-    assert math.isfinite(float(weights.window["sums"].sum()))
 
 
 def test_lines_of_the_log(make):
@@ -341,7 +295,7 @@ def test_the_demo_leaves_what_it_promises(small_demo, tmp_path, capsys):
         "segment",
         "codeword",
     ]
-    assert all((out / name / "checkpoint.pt").is_file() for name in ("sf_diveq", "ste"))
+    assert all(load_checkpoint(out / name).step == 12 for name in ("sf_diveq", "ste"))
 
 
 def test_the_demo_goes_on_and_does_not_train_twice(small_demo, tmp_path):

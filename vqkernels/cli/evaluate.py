@@ -20,7 +20,7 @@ def evaluate(
     """Measure a checkpoint on held-out images, whole and in crops, in every evaluation mode.
 
     Args:
-        checkpoint: The checkpoint.pt of a run.
+        checkpoint: A checkpoint, or the folder of a run, which gives its newest.
         data: Other images; of a folder every tenth is held out and measured, as in training. Those of the run
             when left out.
         picture: Also draw the first reconstructions into this PNG.
@@ -32,11 +32,12 @@ def evaluate(
         crops: Held-out crops of the training size to measure as well; rFID is taken over them where there are fewer
             whole images than features.
     """
-    from vqkernels.train.checkpoint import load_checkpoint, open_folder
+    from vqkernels.train.checkpoint import load_checkpoint
     from vqkernels.train.demo import draw_models, reconstruction_row
     from vqkernels.train.evaluate import evaluate as measure
     from vqkernels.train.evaluate import modes_of
     from vqkernels.train.fidelity import FeatureNet
+    from vqkernels.train.files import open_folder
     from vqkernels.train.latents import study_latents
     from vqkernels.train.log import read_lines
     from vqkernels.train.losses import load_lpips
@@ -72,7 +73,9 @@ def evaluate(
         draw_models(picture, images, [reconstruction_row(config.quantizer, model, images)])
         print(f"picture: {picture}")
     if report is not None:
-        log = checkpoint.parent / "metrics.jsonl"
+        # a checkpoint lies in a folder of the run's, or is the run's folder
+        places = (checkpoint, checkpoint.parent, checkpoint.parent.parent)
+        log = next((p / "metrics.jsonl" for p in places if (p / "metrics.jsonl").is_file()), places[-1])
         study = study_latents(model, images, crops=crops)
         page = make_report(
             model,

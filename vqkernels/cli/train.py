@@ -74,7 +74,7 @@ def command(default: TrainConfig) -> Callable[..., int]:
             preset: Recipe of a paper whose options are the defaults here; --help after it shows them.
             full: The recipe in the paper's size, for a GPU and a data set.
             resume: Go on from the newest checkpoint in --out, or start where there is none.
-            resume_from: Go on from this checkpoint of --out; later ones are dropped.
+            resume_from: Go on from this checkpoint; later ones, and the log beyond it, are dropped.
         """
         return run(config_of(options), resume=resume or resume_from is not None, resume_from=resume_from)
 
@@ -112,7 +112,8 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None) -
     from vqkernels.train.report import format_table
 
     terminal = sys.stderr.isatty()
-    result = train(config, resume=resume, progress=terminal, on_line=None if terminal else tell)
+    on_line = None if terminal else tell
+    result = train(config, resume=resume, resume_from=resume_from, progress=terminal, on_line=on_line)
     if result.signal is not None:
         return stopped(result.signal, f"at step {result.step}; the checkpoint is in {config.out}")
     if not result.main:

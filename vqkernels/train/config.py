@@ -192,8 +192,8 @@ class TrainConfig(
         ]
 
     def checkpoint_path(self) -> Path:
-        """Return where the run keeps its checkpoint."""
-        return Path(self.out) / "checkpoint.pt"
+        """Return the folder where the run keeps its checkpoints."""
+        return Path(self.out) / "checkpoints"
 
     def metrics_path(self) -> Path:
         """Return where the run keeps its log, one JSON object per line."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqkernels.models import ImageAutoencoder
-from vqkernels.train.checkpoint import replace_file
+from vqkernels.train.checkpoint import store_of
 from vqkernels.train.config import TrainConfig
 from vqkernels.train.data import ImageSet
 from vqkernels.train.evaluate import Evaluation, evaluate, modes_of, reconstruct, to_pixels
+from vqkernels.train.files import replace_file
 from vqkernels.train.log import Line, read_lines
 from vqkernels.train.loop import RunResult, train
 from vqkernels.train.plots import Row, draw_reconstructions, draw_training
@@ -50,7 +51,7 @@ def run_demo(
 ) -> tuple[list[DemoRun], str | None]:
     """Train both models, going on where an earlier call stopped, and write pictures and numbers.
 
-    Leaves `<quantizer>/checkpoint.pt` and `<quantizer>/metrics.jsonl` for each, and for both reconstructions.png,
+    Leaves `<quantizer>/checkpoints` and `<quantizer>/metrics.jsonl` for each, and for both reconstructions.png,
     training.png and metrics.jsonl in `out`.
 
     Args:
@@ -73,7 +74,7 @@ def run_demo(
     for name, label in LABELS.items():
         config = TrainConfig(quantizer=name, steps=steps, seed=seed, out=str(out / name))
         if fresh:
-            config.checkpoint_path().unlink(missing_ok=True)
+            store_of(out / name).clear()
         result = train(config, resume=True, progress=progress, on_line=on_line)
         if result.signal is not None:
             return finished, result.signal

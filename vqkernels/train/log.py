@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vqkernels.checks import refuse
 from vqkernels.nn.metrics import code_counts, perplexity, usage
-from vqkernels.train.checkpoint import replace_file
 from vqkernels.train.config import RunError
+from vqkernels.train.files import refuse_folder, replace_file, write_all
 
 # keeps the PSNR of a perfect reconstruction a number that JSON has
 TINY = 1e-30
@@ -41,6 +41,7 @@ class Window:
         self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         self._counts = torch.zeros(self._num_indices, dtype=torch.int64, device=self._device)
         self._extras: dict[str, Tensor] = {}
+        self._unchecked: list[Tensor] = []
 
     def add(
         self, loss: Tensor, mse: Tensor, indices: Tensor, extras: Mapping[str, Tensor] | None = None
@@ -58,6 +59,22 @@ class Window:
             self._extras[name] = self._extras.get(name, 0) + pair
         self._sums += torch.stack((loss.detach(), mse.detach(), torch.ones_like(mse))).double()
         self._counts += code_counts(indices, self._num_indices)
+        self._unchecked.append(loss.detach())
+
+    def first_bad(self, reduce: Callable[[Tensor], Tensor]) -> int | None:
+        """Find the first loss that is not finite among the steps since the last call; waits for the device.
+
+        Args:
+            reduce: returns the sum of a tensor over processes, as a copy.
+
+        Returns:
+            How many steps ago it was, 1 for the last step; None when all are finite.
+        """
+        if not self._unchecked:
+            return None
+        finite = reduce(torch.stack(self._unchecked)).isfinite().tolist()
+        self._unchecked = []
+        return len(finite) - finite.index(False) if False in finite else None
 
     def line(self, reduce: Callable[[Tensor], Tensor]) -> Line:
         """Return the means of the window over all processes; waits for the device.
@@ -74,7 +91,11 @@ class Window:
             "psnr": 10 * math.log10(4 * steps / max(mse, TINY)),
             "perplexity": float(perplexity(counts)) if quantized else None,
             "usage": float(usage(counts)) if quantized else None,
-            **{name: total / count for name, (total, count) in extras.items()},
+            # JSON has no other numbers
+            **{
+                name: total / count if math.isfinite(total) and count else None
+                for name, (total, count) in extras.items()
+            },
         }
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -86,16 +107,17 @@ class Window:
         extras = {f"extras.{name}": reduce(pair).cpu() for name, pair in sorted(self._extras.items())}
         return {"sums": reduce(self._sums).cpu(), "counts": reduce(self._counts).cpu(), **extras}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned; in one process only, because the sums are of all.
+    def restore(self, state: Mapping[str, Tensor], *, main: bool = True) -> None:
+        """Go on from what `state` returned.
 
         Args:
             state: of a window of the same run.
+            main: whether the sums, which are of all processes, count here; elsewhere they start at zero.
         """
-        self._sums.copy_(state["sums"])
-        self._counts.copy_(state["counts"])
-        extras = {name: pair for name, pair in state.items() if name.startswith("extras.")}
-        self._extras = {name.removeprefix("extras."): pair.to(self._device) for name, pair in extras.items()}
+        own = {name: value.to(self._device) * int(main) for name, value in state.items()}
+        self._sums, self._counts = own.pop("sums"), own.pop("counts")
+        # by the same names everywhere, since all processes add them up in the same order
+        self._extras = {name.removeprefix("extras."): pair for name, pair in own.items()}
 
 
 class MetricsLog:
@@ -110,20 +132,38 @@ class MetricsLog:
         """
         kept = [line for line in read_lines(path) if int(line["step"] or 0) <= step] if path.exists() else []
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._stream = path.open("a", encoding="utf-8")
+        self._path = path
+        try:
+            # without a buffer of its own, which a full disk would leave for the closing to fail on
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            refuse_folder(path.parent, error)
 
     def write(self, line: Line) -> None:
         """Append one line.
 
         Args:
             line: a flat JSON object with a "step".
+
+        Raises:
+            RunError: if the disk is full; a line that is cut off is dropped when the log is opened again.
         """
-        self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-        self._stream.flush()
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            write_all(self._descriptor, text.encode())
+        except OSError as error:
+            refuse_folder(self._path.parent, error)
 
     def sync(self) -> None:
-        """Put every line on the disk, before a checkpoint that relies on them."""
-        os.fsync(self._stream.fileno())
+        """Put every line on the disk, before a checkpoint that relies on them.
+
+        Raises:
+            RunError: if the disk is full.
+        """
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            refuse_folder(self._path.parent, error)
 
     def __enter__(self) -> Self:
         """Return the log."""
@@ -133,7 +173,7 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file."""
-        self._stream.close()
+        os.close(self._descriptor)
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -6,21 +6,26 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import recursively_apply
 from torch import Tensor
 from tqdm import tqdm
 
 from vqkernels.checks import refuse
 from vqkernels.models import ImageAutoencoder
-from vqkernels.train.checkpoint import Checkpoint, load_checkpoint, open_folder
+from vqkernels.train.badstep import BadStep, NotFiniteError, all_finite, refuse_bad_step, save_bad_step
+from vqkernels.train.checkpoint import Checkpoint, CheckpointStore, store_of
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet, load_images
 from vqkernels.train.evaluate import evaluate
+from vqkernels.train.files import open_folder
+from vqkernels.train.generators import restore_rng, rng_states
 from vqkernels.train.learners import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
 from vqkernels.train.model import build_model
@@ -55,10 +60,11 @@ def train(
     config: TrainConfig,
     *,
     resume: bool = False,
+    resume_from: Path | None = None,
     progress: bool = False,
     on_line: Callable[[Line], None] | None = None,
 ) -> RunResult:
-    """Train a VQ-VAE and leave checkpoint.pt and metrics.jsonl in `config.out`.
+    """Train a VQ-VAE and leave checkpoints and metrics.jsonl in `config.out`.
 
     The loss is the mean squared error of images in [-1, 1] plus the loss of the quantizer. A run that was
     interrupted or killed and is resumed ends with the weights of an uninterrupted one, bit for bit on a CPU
@@ -66,7 +72,8 @@ def train(
 
     Args:
         config: of the run.
-        resume: go on from the checkpoint in `config.out`, or start where there is none.
+        resume: go on from the newest checkpoint in `config.out`, or start where there is none.
+        resume_from: go on from this checkpoint; later ones, and what the log says beyond it, are dropped.
         progress: show a progress bar on standard error.
         on_line: called with every line of the log.
 
@@ -74,37 +81,82 @@ def train(
         Where it ended.
 
     Raises:
-        RunError: if the data, the folder or the checkpoint cannot be used, or the loss is not finite.
+        RunError: if the data, the folder or the checkpoint cannot be used, the disk is full, or the loss is not
+            finite; the step is kept in nan-step-<step>.pt then.
     """
-    path = config.checkpoint_path()
-    open_folder(path.parent)
-    checkpoint = load_checkpoint(path) if path.exists() else None
-    if checkpoint is not None and not resume:
-        fix = "Pass --resume, or another --out"
-        got = f"{path.parent} with a checkpoint at step {checkpoint.step}"
-        refuse(RunError, "train", "out", "hold no earlier run", got, fix)
-    if checkpoint is not None:
-        checkpoint.require(config, path)
-    images = load_images(config)
-    run = _Run(config, images)
-    if checkpoint is not None:
-        run.restore(checkpoint)
-    started_at = run.step
-    main = run.accelerator.is_main_process
-    with (
-        MetricsLog(config.metrics_path(), run.step) if main else nullcontext() as log,
-        _StopSignals() as stop,
-    ):
-        run.go(log, stop, progress, on_line)
+    out = Path(config.out)
+    open_folder(out)
+    store = store_of(out, config.keep)
+    with _StopSignals() as stop:
+        checkpoint = _starting_point(config, store, resume, resume_from)
+        images = load_images(config)
+        run = _Run(config, images, store)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        started_at = run.step
+        main = run.accelerator.is_main_process
+        # nobody still reads what is dropped now
+        run.accelerator.wait_for_everyone()
+        if main:
+            store.settle(checkpoint)
+        bad = None
+        try:
+            with MetricsLog(config.metrics_path(), run.step) if main else nullcontext() as log:
+                run.go(log, stop, progress, on_line)
+        except NotFiniteError:
+            bad = run.step if run.bad_step is None else run.bad_step
+        if bad is not None:
+            # the device may have no room for two of them, and an exception would hold the first
+            del run
+            _keep_bad_step(config, images, store, bad)
     stopped_by = stop.name if run.step < config.steps else None
     return RunResult(run.step, started_at, stopped_by, run.model, images, main)
+
+
+def _starting_point(
+    config: TrainConfig, store: CheckpointStore, resume: bool, resume_from: Path | None
+) -> Checkpoint | None:
+    path = resume_from or store.latest()
+    if path is None:
+        # a run of an older version is named, not overwritten
+        store.refuse_older()
+        return None
+    if resume_from is None and not resume:
+        fix = "Pass --resume, or another --out"
+        refuse(RunError, "train", "out", "hold no earlier run", f"{config.out} with {path.name}", fix)
+    checkpoint = store.load(path)
+    checkpoint.require(config, path)
+    return checkpoint
+
+
+def _keep_bad_step(config: TrainConfig, images: ImageSet, store: CheckpointStore, bad: int) -> NoReturn:
+    """Take the steps since the last checkpoint again, for what the bad one started from."""
+    run = _Run(config, images, store)
+    if store.latest() is not None:
+        run.restore(store.load())
+    before, loss = run.state(), torch.tensor(float("nan"))
+    try:
+        while run.step <= bad:
+            before = run.state() if run.step == bad else before
+            loss = run.train_step()
+    except NotFiniteError:
+        bad, loss = run.step, torch.tensor(float("nan"))
+    found = BadStep(bad, loss, images.batch(bad), before, run.state())
+    if not run.accelerator.is_main_process:
+        refuse_bad_step(found, "which the first process keeps")
+    try:
+        path = save_bad_step(config, found)
+    except RunError as error:
+        refuse_bad_step(found, f"which could not be kept ({str(error).rpartition('. ')[0]})")
+    refuse_bad_step(found, f"kept with its batch and the states before and after it in {path}")
 
 
 class _Run:
     """The state of a run: everything a checkpoint holds, and the means to go on."""
 
-    def __init__(self, config: TrainConfig, images: ImageSet) -> None:
-        self.config, self.images, self.step = config, images, 0
+    def __init__(self, config: TrainConfig, images: ImageSet, store: CheckpointStore) -> None:
+        self.config, self.images, self.store, self.step = config, images, store, 0
+        self.bad_step: int | None = None
         if config.precision == "fp16" and str(PartialState().device) == "cpu":
             # accelerate would train in float32 without a word
             fix = "Pass --precision bf16 or no"
@@ -182,8 +234,8 @@ class _Run:
         self.learner.finish()
         self.accelerator.end_training()
 
-    def train_step(self) -> None:
-        """One optimizer step; nothing here waits for the device, save on the steps the timer samples."""
+    def train_step(self) -> Tensor:
+        """One optimizer step, and its loss; nothing here waits for the device, save on the steps the timer samples."""
         step = self.step
         self.timer.begin(step, active=self.model.quantizer.initialized)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -192,11 +244,12 @@ class _Run:
         self.window.add(found.loss, found.mse, found.indices, found.extras)
         self.timer.end()
         self.step += 1
+        return found.loss
 
     def line(self) -> Line:
         """The line of the window that ends here; ends the run where the loss is not finite."""
+        self.require_finite()
         means = self.window.line(self.sum)
-        self.require_finite(means["loss"])
         line: Line = {"step": self.step, "split": "train", **means}
         line |= {"lr": self.config.lr_at(self.step - 1), "quantizer_share": self.timer.share()}
         self.window.clear()
@@ -214,10 +267,12 @@ class _Run:
             "usage": found.usage,
         }
 
-    def require_finite(self, loss: object) -> None:
-        if not isinstance(loss, float) or loss - loss != 0:
-            fix = "Start again with a lower --lr or --precision no"
-            refuse(RunError, "train", "loss", "stay finite", f"{loss} at step {self.step}", fix)
+    def require_finite(self) -> None:
+        """End the run at the first bad step since the last call; all processes see the same."""
+        ago = self.window.first_bad(self.sum)
+        if ago is not None:
+            self.bad_step = self.step - ago
+            raise NotFiniteError(f"train: loss must stay finite; got another at step {self.bad_step}.")
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = self.accelerator.reduce(tensor, reduction="sum")
@@ -232,36 +287,30 @@ class _Run:
             return False
         return bool(self.sum(torch.tensor(float(stop.name is not None), device=self.device)) > 0)
 
+    def state(self) -> dict[str, Any]:
+        """Model and learner as a checkpoint holds them, copied to the host."""
+        now = {"model": self.model.state_dict(), "learner": self.learner.state_dict()}
+        return cast(dict[str, Any], recursively_apply(lambda t: t.detach().cpu().clone(), now))
+
     def save(self, log: MetricsLog | None) -> None:
-        window = self.window.state(self.sum)
-        # weights that a bad step has spoilt must not replace good ones
-        self.require_finite(float(window["sums"].sum()))
+        # what a bad step has spoilt must not follow good checkpoints
+        self.require_finite()
+        if float(self.sum(all_finite(self.model.state_dict()).logical_not().float())) > 0:
+            self.bad_step = self.step - 1
+            raise NotFiniteError(f"train: weights must stay finite; got others after step {self.bad_step}.")
+        # every process takes part in these
+        window, rng = self.window.state(self.sum), rng_states(self.accelerator)
         if log is None:
             return
         log.sync()
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-        Checkpoint(
-            config=self.config,
-            step=self.step,
-            model=self.model.state_dict(),
-            optimizer=self.learner.state_dict(),
-            scaler={},
-            window=window,
-            rng=rng,
-        ).save(self.config.checkpoint_path())
+        model, learner = self.model.state_dict(), self.learner.state_dict()
+        self.store.save(Checkpoint(self.config, self.step, model, learner, window, rng))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        checkpoint.restore_model(self.model, self.config.checkpoint_path())
-        self.learner.load_state_dict(checkpoint.optimizer)
-        if self.accelerator.is_main_process:
-            self.window.restore(checkpoint.window)
-        torch.set_rng_state(checkpoint.rng["cpu"])
-        if self.device.type == "cuda":
-            for number in range(torch.cuda.device_count()):
-                if f"cuda{number}" in checkpoint.rng:
-                    torch.cuda.set_rng_state(checkpoint.rng[f"cuda{number}"], number)
+        checkpoint.restore_model(self.model, self.store.folder)
+        self.learner.load_state_dict(checkpoint.learner)
+        self.window.restore(checkpoint.window, main=self.accelerator.is_main_process)
+        restore_rng(checkpoint.rng, self.accelerator)
         self.step = checkpoint.step
 
 

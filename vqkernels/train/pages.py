@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 
 from vqkernels.checks import refuse
-from vqkernels.train.checkpoint import open_folder, replace_file
 from vqkernels.train.config import RunError
+from vqkernels.train.files import open_folder, replace_file
 
 SUFFIXES = (".html", ".md")
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from vqkernels.train.checkpoint import replace_file
+from vqkernels.train.files import replace_file
 from vqkernels.train.log import Line
 
 DPI = 120

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vqkernels.checks import refuse
 from vqkernels.nn import Codebook, Estimator, Quantized, Quantizer
 from vqkernels.nn._random import all_sum, distributed
-from vqkernels.train.config import RunError
+from vqkernels.train.badstep import NotFiniteError
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 Named = dict[str, Tensor]
@@ -155,7 +155,7 @@ class Procedure:
             The losses and codes of this step.
 
         Raises:
-            RunError: a loss is not finite; encoder and decoder are as before the step.
+            NotFiniteError: a loss is not finite; encoder and decoder are as before the step.
             RuntimeError: the quantizer is in evaluation mode, where no gradient reaches the encoder.
         """
         raise NotImplementedError
@@ -193,7 +193,7 @@ class Procedure:
         if not torch.stack([value.isfinite().all() for value in values.values()]).all():
             got = ", ".join(f"{name} {value.tolist()}" for name, value in values.items())
             fix = "Go on from the last checkpoint with lower learning rates"
-            refuse(RunError, type(self).__name__, "loss", "stay finite", got, fix)
+            refuse(NotFiniteError, type(self).__name__, "loss", "stay finite", got, fix)
 
     def _descend(self, optimizer: torch.optim.Optimizer, gradients: Named) -> None:
         optimizer.zero_grad()

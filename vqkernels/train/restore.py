@@ -7,6 +7,7 @@ import torch
 
 from vqkernels.checks import refuse
 from vqkernels.models import ImageAutoencoder
+from vqkernels.train.averaging import WeightAverage
 from vqkernels.train.checkpoint import load_checkpoint
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet, load_images
@@ -17,11 +18,11 @@ def load_run(path: Path, data: str | None = None) -> tuple[ImageAutoencoder, Ima
     """Load a trained model and the images to measure it on.
 
     Args:
-        path: of the checkpoint.
+        path: of a checkpoint, or the folder of a run, which gives its newest.
         data: `photos` or a folder; None for the data of the run.
 
     Returns:
-        The model, on a CUDA device where there is one, its images, and the configuration of the run.
+        The model with its averaged weights where it has some, on a CUDA device where there is one, its images, and the configuration of the run.
 
     Raises:
         RunError: if the checkpoint or the images cannot be used, or the run still warmed up.
@@ -34,5 +35,9 @@ def load_run(path: Path, data: str | None = None) -> tuple[ImageAutoencoder, Ima
     if not model.quantizer.initialized:
         got = f"step {checkpoint.step} of a warm-up of {config.warmup_steps} in {path}"
         refuse(RunError, "evaluate", "checkpoint", "be past its warm-up", got, "Resume the training")
+    if config.weights_ema:
+        average = WeightAverage(model, config.weights_ema)
+        average.load_state_dict(checkpoint.learner["average"])
+        average.replace()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), images, config
