@@ -91,7 +91,7 @@ def test_command_line_finds_it(copy, tmp_path):
     out = run(
         copy, "-m", "vqkernels", "train", "--quantizer", "toy", "--out", str(tmp_path / "run"), *sizes.split()
     )
-    assert "toy" in out and (tmp_path / "run/checkpoint.pt").exists()
+    assert "toy" in out and (tmp_path / "run/checkpoints/manifest.json").exists()
 
 
 @pytest.mark.parametrize(
