@@ -57,7 +57,8 @@ def test_a_class_has_a_row_and_a_seed_its_picture(train, tmp_path):
     pictures = [tmp_path / f"{number}.png" for number in range(3)]
     for picture, seed in zip(pictures, (0, 0, 1), strict=True):
         assert sample_grid(prior, picture, SampleOptions(count=3, seed=seed)) == (2, 3)
-    assert Image.open(pictures[0]).size == (3 * 18 - 2, 2 * 18 - 2)
+    with Image.open(pictures[0]) as image:
+        assert image.size == (3 * 18 - 2, 2 * 18 - 2)
     assert pictures[0].read_bytes() == pictures[1].read_bytes() != pictures[2].read_bytes()
     assert sample_grid(prior, pictures[0], SampleOptions(count=2, classes=(1,))) == (1, 2)
     with pytest.raises(RunError, match="classes must be classes from 0 to 1"):
@@ -87,5 +88,5 @@ def test_tiles_are_in_reading_order():
 
 @pytest.mark.parametrize("fields", [{"count": 0}, {"temperature": 0.0}, {"top_k": 0}, {"seed": -1}])
 def test_options_that_cannot_be_are_refused(fields):
-    with pytest.raises(RunError, match="^sample: "):
+    with pytest.raises(RunError, match=r"^sample: "):
         SampleOptions(**fields)
