@@ -139,7 +139,9 @@ def test_maskgit_learns_from_context():
 
 
 def test_schedules():
-    config = PriorConfig(steps=101, rise=0.1, lr=1.0, keep_start=0.5, keep_end=0.95)
+    config = PriorConfig(steps=101, rise=0.1, lr=1.0)
+    assert {PriorConfig(steps=101, model="maskgit").keep_at(step) for step in range(101)} == {1.0}
+    assert PriorConfig(steps=101, model="maskgit", keep_start=0.5).keep_at(50) == pytest.approx(0.75)
     assert config.keep_at(0) == 0.5 and config.keep_at(100) == 0.95
     assert config.keep_at(50) == pytest.approx(0.725)
     assert config.lr_at(0) == pytest.approx(0.1) and config.lr_at(10) == pytest.approx(1.0)

@@ -56,11 +56,12 @@ class PriorConfig:
     conditional: bool = False
     """Learn the images of each class; the data must have classes."""
 
-    keep_start: float = 0.5
-    """Probability p_keep that the prior sees a true token, at the first step; else it sees any."""
+    keep_start: float | None = None
+    """Probability p_keep that a token shown is the true one, at the first step; else it is any. 0.5 for gpt when left
+    out; 1 for maskgit, which hides tokens instead."""
 
-    keep_end: float = 0.95
-    """The same at the last step; in between it grows evenly."""
+    keep_end: float | None = None
+    """The same at the last step, 0.95 for gpt and 1 for maskgit when left out; in between it changes evenly."""
 
     label_smoothing: float = 0.0
     """Share of the target that is spread over all codes; 0.1 in MaskGIT."""
@@ -133,8 +134,11 @@ class PriorConfig:
         check_flag(name, "conditional", self.conditional)
         for field in ("dropout", "label_smoothing", "beta1", "beta2"):
             check_number(name, field, getattr(self, field), below=1)
-        for field in ("keep_start", "keep_end", "rise", "final_lr"):
+        for field in ("rise", "final_lr"):
             check_number(name, field, getattr(self, field), up_to=1)
+        for field in ("keep_start", "keep_end"):
+            if getattr(self, field) is not None:
+                check_number(name, field, getattr(self, field), up_to=1)
         for field in ("lr", "weight_decay", "clip"):
             check_number(name, field, getattr(self, field))
         if self.lr == 0:
@@ -162,7 +166,7 @@ class PriorConfig:
         return self.lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
     def keep_at(self, step: int) -> float:
-        """Return p_keep of one step: it grows evenly from `keep_start` to `keep_end` (DiVeQ, A.2).
+        """Return p_keep of one step, evenly from `keep_start` to `keep_end` (DiVeQ, A.2; MaskGIT has none).
 
         Args:
             step: 0-based step.
@@ -171,7 +175,10 @@ class PriorConfig:
             The probability.
         """
         done = step / max(1, self.steps - 1)
-        return self.keep_start * (1 - done) + self.keep_end * done
+        first, last = (0.5, 0.95) if self.model == "gpt" else (1.0, 1.0)
+        first = first if self.keep_start is None else self.keep_start
+        last = last if self.keep_end is None else self.keep_end
+        return first * (1 - done) + last * done
 
     def to_json(self) -> str:
         """Return the configuration as one JSON object."""
@@ -241,8 +248,6 @@ PRESETS: Mapping[str, PriorConfig] = {
         layers=8,
         heads=8,
         width=768,
-        keep_start=1.0,
-        keep_end=1.0,
         label_smoothing=0.1,
         batch_size=256,
         lr=1e-4,
