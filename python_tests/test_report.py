@@ -1,12 +1,12 @@
 """Reports of a run: self-contained pages, Markdown with pictures, and the command that writes them."""
 
 import base64
+import os
 import re
 import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -104,10 +104,10 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
     write_report(path, a_report())
     before = path.read_bytes()
 
-    def full(self, target):
+    def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RunError, match="No space left"):
         write_report(path, a_report(title="another"))
     assert path.read_bytes() == before

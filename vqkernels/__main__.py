@@ -52,10 +52,14 @@ def commands(words: Sequence[str]) -> dict[str, Callable[..., int]]:
     from vqkernels.cli import train
     from vqkernels.cli.demo import demo
     from vqkernels.cli.evaluate import evaluate
+    from vqkernels.cli.prior import prior, sample, tokens
 
     return {
         "train": train.command(train.default_of(words[1:])),
         "evaluate": evaluate,
+        "tokens": tokens,
+        "prior": prior,
+        "sample": sample,
         "demo": demo,
         "info": info,
     }

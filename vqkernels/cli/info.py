@@ -11,7 +11,7 @@ import vqkernels
 from vqkernels import native
 from vqkernels.ops import OPS
 
-TRAINING_PACKAGES = ("accelerate", "matplotlib", "PIL", "skimage", "tqdm", "tyro")
+TRAINING_PACKAGES = ("accelerate", "matplotlib", "PIL", "skimage", "sklearn", "tqdm", "transformers", "tyro")
 
 
 def info() -> int:

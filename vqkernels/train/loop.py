@@ -1,14 +1,11 @@
 """The training loop: thin, restartable, on Accelerate."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -29,6 +26,7 @@ from vqkernels.train.generators import restore_rng, rng_states
 from vqkernels.train.learners import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
 from vqkernels.train.model import build_model
+from vqkernels.train.signals import StopSignals
 from vqkernels.train.timing import QuantizerShare
 
 # a measurement during training stops at this many held-out images; the final one takes them all
@@ -87,7 +85,7 @@ def train(
     out = Path(config.out)
     open_folder(out)
     store = store_of(out, config.keep)
-    with _StopSignals() as stop:
+    with StopSignals() as stop:
         checkpoint = _starting_point(config, store, resume, resume_from)
         images = load_images(config)
         run = _Run(config, images, store)
@@ -189,7 +187,7 @@ class _Run:
     def go(
         self,
         log: MetricsLog | None,
-        stop: "_StopSignals",
+        stop: StopSignals,
         progress: bool,
         on_line: Callable[[Line], None] | None,
     ) -> None:
@@ -279,7 +277,7 @@ class _Run:
         # a tensor comes back as a tensor, a dict as a dict
         return cast(Tensor, total)
 
-    def agreed(self, stop: "_StopSignals") -> bool:
+    def agreed(self, stop: StopSignals) -> bool:
         """Whether to stop; several processes agree on it where they wait for each other anyway."""
         if self.accelerator.num_processes == 1:
             return stop.name is not None
@@ -312,31 +310,6 @@ class _Run:
         self.window.restore(checkpoint.window, main=self.accelerator.is_main_process)
         restore_rng(checkpoint.rng, self.accelerator)
         self.step = checkpoint.step
-
-
-class _StopSignals:
-    """Turns the first SIGINT or SIGTERM into a name to look at; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        # python lets only the main thread set handlers
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
 
 
 def _tracker(config: TrainConfig) -> str | None:
