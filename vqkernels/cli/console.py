@@ -56,7 +56,5 @@ def refused(reason: str) -> int:
         print(f"error: {reason}", file=sys.stderr)
     else:
         # the others mostly find the same; torchrun shows this where they do not
-        handler = get_error_handler()
-        handler.initialize()
-        handler.record_exception(RuntimeError(reason))
+        get_error_handler().record_exception(RuntimeError(reason))
     return 2
