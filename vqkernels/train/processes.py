@@ -35,6 +35,10 @@ def make_accelerator(config: TrainConfig, tracker: Any = None) -> Accelerator:
             requirement = "start plain processes"
             fix = "Launch without that plugin and pass --shard to shard the model"
             refuse(RunError, "train", "launcher", requirement, f"Accelerate's {plugin} plugin", fix)
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in ("no", config.precision):
+        fix = f"Pass --precision {told}, or launch without it"
+        refuse(RunError, "train", "precision", f"be the launcher's {told!r}", repr(config.precision), fix)
     # torchrun tells nobody that there is no GPU, and Accelerate would run every process on its own
     cpu = not torch.accelerator.is_available()
     if config.precision == "fp16" and cpu:
