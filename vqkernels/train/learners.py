@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from vqkernels.checks import refuse
@@ -70,10 +71,10 @@ class JointLearner(Learner):
         Returns:
             Its loss, mse and extras by name, and its codes.
         """
-        # accelerate does both to what it has wrapped
         with self.accelerator.autocast() if self._sharded else nullcontext():
-            reconstruction, indices, quantizer_loss = self.prepared(images)
-        reconstruction, quantizer_loss = reconstruction.float(), quantizer_loss.float()
+            outputs = self.prepared(images)
+        # as accelerate does to what it has wrapped itself
+        reconstruction, indices, quantizer_loss = convert_to_fp32(outputs)
         with self.accelerator.autocast():
             judged = self.image_loss(reconstruction, images)
         loss = judged.total + quantizer_loss
