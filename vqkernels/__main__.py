@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vqkernels import BackendError
-from vqkernels.cli.console import refused, stopped
+from vqkernels.cli.console import first_process, processes, refused, stopped
 from vqkernels.cli.info import how_to_install, info, missing_packages
 
 DESCRIPTION = "Train, compare and demonstrate vector-quantized autoencoders; ask what can run here."
@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return info()
     if missing := missing_packages():
         return refused(how_to_install(missing))
+    if processes() > 1 and words[:1] != ["train"]:
+        return refused(
+            f"{words[0] if words else 'vqkernels'}: launcher must start one process; got {processes()}. Use torchrun for train alone."
+        )
     import tyro
 
     from vqkernels.train.config import RunError
@@ -35,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog="python -m vqkernels",
             description=DESCRIPTION,
             args=words,
+            console_outputs=first_process(),
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     except (RunError, BackendError) as error:

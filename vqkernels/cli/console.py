@@ -1,13 +1,26 @@
 """Words on the terminal that several commands share."""
 
+import os
 import sys
 from collections.abc import Mapping
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 # of a run that a signal stopped; a run that was asked to end has done so
 SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 0}
 
 # between two lines of text where there is no terminal for a progress bar
 QUIET_STEPS = 100
+
+
+def processes() -> int:
+    """Return how many processes a launcher such as torchrun has started for this command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first_process() -> bool:
+    """Whether this process is the one that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def tell(line: Mapping[str, float | int | str | None]) -> None:
@@ -28,7 +41,8 @@ def stopped(signal: str, where: str) -> int:
         signal: its name.
         where: what is left, and how to go on.
     """
-    print(f"Stopped by {signal}: {where}.", file=sys.stderr)
+    if first_process():
+        print(f"Stopped by {signal}: {where}.", file=sys.stderr)
     return SIGNAL_EXIT_CODES[signal]
 
 
@@ -38,5 +52,9 @@ def refused(reason: str) -> int:
     Args:
         reason: one sentence.
     """
-    print(f"error: {reason}", file=sys.stderr)
+    if first_process():
+        print(f"error: {reason}", file=sys.stderr)
+    else:
+        # the others mostly find the same; torchrun shows this where they do not
+        get_error_handler().record_exception(RuntimeError(reason))
     return 2

@@ -109,11 +109,13 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None) -
     from vqkernels.train.evaluate import evaluate, modes_of
     from vqkernels.train.log import read_lines
     from vqkernels.train.loop import train
+    from vqkernels.train.processes import leave
     from vqkernels.train.report import format_table
 
     terminal = sys.stderr.isatty()
     on_line = None if terminal else tell
     result = train(config, resume=resume, resume_from=resume_from, progress=terminal, on_line=on_line)
+    leave()
     if result.signal is not None:
         return stopped(result.signal, f"at step {result.step}; the checkpoint is in {config.out}")
     if not result.main:

@@ -23,7 +23,9 @@ from vqkernels.train.options import (
 )
 
 # fields that change neither the weights a run ends with nor the numbers it measures
-FREE_FIELDS = frozenset({"out", "checkpoint_every", "keep", "log_every", "evaluate_every", "tracker"})
+FREE_FIELDS = frozenset(
+    {"out", "checkpoint_every", "keep", "log_every", "evaluate_every", "tracker", "shard"}
+)
 
 
 class RunError(RuntimeError):
@@ -95,6 +97,14 @@ class TrainConfig(
                         f"be {'no or bf16' if plain is None else plain} with procedure {self.procedure}"
                     )
                     refuse(ValueError, NAME, field, requirement, value, f"Leave --{field} out")
+        if self.shard:
+            for field, plain in (("procedure", "joint"), ("adversarial", 0), ("weights_ema", 0)):
+                if getattr(self, field) != plain:
+                    fix = f"Leave --{field.replace('_', '-')} or --shard out"
+                    refuse(ValueError, NAME, field, f"be {plain} with shard", getattr(self, field), fix)
+            if self.precision == "fp16":
+                fix = "Pass --precision bf16"
+                refuse(ValueError, NAME, "precision", "be no or bf16 with shard", self.precision, fix)
         if self.multipliers and self.backbone != "vqgan":
             requirement = f"be left out for backbone {self.backbone}, whose resolutions have one width"
             refuse(ValueError, NAME, "multipliers", requirement, self.multipliers, "Pass --backbone vqgan")

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from vqkernels.checks import refuse
@@ -15,7 +16,10 @@ from vqkernels.train.bilevel import MetaQuantization, MetaStep
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.learner import Learner, StepResult, code_group, make_optimizer, mean_of, rest_group
 from vqkernels.train.losses import Judged
+from vqkernels.train.model import build_model
 from vqkernels.train.procedure import split_parameters
+from vqkernels.train.processes import average_gradients, leave_out
+from vqkernels.train.sharding import shard_model, shard_optimizer, unreduced
 
 
 class JointLearner(Learner):
@@ -29,9 +33,17 @@ class JointLearner(Learner):
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, model: ImageAutoencoder):
         super().__init__(config, accelerator, model)
+        self._sharded = config.shard and accelerator.num_processes > 1
+        if self._sharded:
+            shard_model(model)
         optimizer = make_optimizer(config, [rest_group(config, model), code_group(config, model)])
         model.quantizer.follow(optimizer)
-        self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
+        if self._sharded:
+            shard_optimizer(optimizer)
+            self.prepared, self.optimizer = model, accelerator.prepare(optimizer)
+        else:
+            leave_out(model, "quantizer")
+            self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
         self.optimizers = [self.optimizer]
 
     def step(self, batch: Tensor, number: int) -> StepResult:
@@ -44,6 +56,7 @@ class JointLearner(Learner):
                 values, codes = self.descend(part, share)
             found.append(values)
             indices.append(codes)
+        average_gradients(self.model.quantizer)
         self.optimizer.step()
         means = mean_of(found, shares)
         return StepResult(means.pop("loss"), means.pop("mse"), torch.cat(indices), means)
@@ -58,7 +71,10 @@ class JointLearner(Learner):
         Returns:
             Its loss, mse and extras by name, and its codes.
         """
-        reconstruction, indices, quantizer_loss = self.prepared(images)
+        with self.accelerator.autocast() if self._sharded else nullcontext():
+            outputs = self.prepared(images)
+        # as accelerate does to what it has wrapped itself
+        reconstruction, indices, quantizer_loss = convert_to_fp32(outputs)
         with self.accelerator.autocast():
             judged = self.image_loss(reconstruction, images)
         loss = judged.total + quantizer_loss
@@ -67,9 +83,16 @@ class JointLearner(Learner):
 
     def averaging_gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Processes average gradients with the last part of a batch alone."""
-        return nullcontext() if last else self.accelerator.no_sync(model)
+        if last:
+            return nullcontext()
+        return unreduced(model) if self._sharded else self.accelerator.no_sync(model)
 
     def finish(self) -> None:
+        if self._sharded:
+            whole = build_model(self.config).to(self.accelerator.device)
+            whole.load_state_dict(self.model.state_dict())
+            self.model = whole
+            return
         # what measures the model from here on sees it as a checkpoint gives it back, in float32
         self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
         super().finish()

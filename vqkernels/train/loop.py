@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import recursively_apply
 from torch import Tensor
@@ -26,6 +25,7 @@ from vqkernels.train.generators import restore_rng, rng_states
 from vqkernels.train.learners import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
 from vqkernels.train.model import build_model
+from vqkernels.train.processes import joint_statistics, make_accelerator
 from vqkernels.train.signals import StopSignals
 from vqkernels.train.timing import QuantizerShare
 
@@ -155,31 +155,16 @@ class _Run:
     def __init__(self, config: TrainConfig, images: ImageSet, store: CheckpointStore) -> None:
         self.config, self.images, self.store, self.step = config, images, store, 0
         self.bad_step: int | None = None
-        if config.precision == "fp16" and str(PartialState().device) == "cpu":
-            # accelerate would train in float32 without a word
-            fix = "Pass --precision bf16 or no"
-            refuse(RunError, "train", "precision", "be one that this device has", "'fp16' on cpu", fix)
-        try:
-            self.accelerator = Accelerator(
-                mixed_precision=config.precision, log_with=_tracker(config), project_dir=config.out
-            )
-        except ValueError as error:
-            got = f"{config.precision!r} ({str(error).rstrip('.')})"
-            refuse(RunError, "train", "precision", "be one that this device has", got, "Pass --precision no")
+        self.accelerator = make_accelerator(config, _tracker(config))
         if config.tracker != "none":
             values = {
                 name: value if isinstance(value, (int, float)) else str(value)
                 for name, value in vars(config).items()
             }
             self.accelerator.init_trackers("tracker", config=values)
-        if config.batch_size % self.accelerator.num_processes:
-            requirement = f"be a multiple of the {self.accelerator.num_processes} processes"
-            refuse(
-                RunError, "train", "batch_size", requirement, config.batch_size, "Pass such a --batch-size"
-            )
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)
-        self.model = build_model(config)
+        self.model = joint_statistics(build_model(config), self.accelerator)
         self.learner = make_learner(config, self.accelerator, self.model)
         self.window = Window(self.model.quantizer.num_indices, self.device)
         self.timer = QuantizerShare(self.model.quantizer, self.device)
@@ -230,7 +215,11 @@ class _Run:
                 if stopping:
                     break
         self.learner.finish()
-        self.accelerator.end_training()
+        # of shards a whole model is made
+        self.model = self.learner.model
+        # the group of processes outlives a run, so that another can follow
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def train_step(self) -> Tensor:
         """One optimizer step, and its loss; nothing here waits for the device, save on the steps the timer samples."""
@@ -283,7 +272,12 @@ class _Run:
             return stop.name is not None
         if self.step % self.config.log_every:
             return False
-        return bool(self.sum(torch.tensor(float(stop.name is not None), device=self.device)) > 0)
+        own = 0 if stop.name is None else signal.Signals[stop.name]
+        most = int(self.accelerator.gather(torch.tensor([own], device=self.device)).max())
+        # the signal of one process stops them all, and is what each of them reports
+        if most and stop.name is None:
+            stop.name = signal.Signals(most).name
+        return most > 0
 
     def state(self) -> dict[str, Any]:
         """Model and learner as a checkpoint holds them, copied to the host."""
@@ -293,15 +287,15 @@ class _Run:
     def save(self, log: MetricsLog | None) -> None:
         # what a bad step has spoilt must not follow good checkpoints
         self.require_finite()
-        if float(self.sum(all_finite(self.model.state_dict()).logical_not().float())) > 0:
+        # every process takes part in all of these, the states where the model is sharded
+        model, learner = self.model.state_dict(), self.learner.state_dict()
+        if float(self.sum(all_finite(model).logical_not().float().to(self.device))) > 0:
             self.bad_step = self.step - 1
             raise NotFiniteError(f"train: weights must stay finite; got others after step {self.bad_step}.")
-        # every process takes part in these
         window, rng = self.window.state(self.sum), rng_states(self.accelerator)
         if log is None:
             return
         log.sync()
-        model, learner = self.model.state_dict(), self.learner.state_dict()
         self.store.save(Checkpoint(self.config, self.step, model, learner, window, rng))
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -213,6 +213,9 @@ class OptimizationOptions:
     precision: Precision = "no"
     """Mixed precision, through Accelerate."""
 
+    shard: bool = False
+    """Cut encoder and decoder and what their optimizer keeps into one part per process (FSDP); else all hold all."""
+
     weights_ema: float = 0.0
     """Decay of an exponential average of the weights, which is measured and saved beside them; 0 for none."""
 
