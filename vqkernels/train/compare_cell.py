@@ -1,0 +1,235 @@
+"""One cell of a comparison, in a process of its own: an ordinary run, then its measurements in result.json."""
+
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vqkernels
+from vqkernels.models import VQVAE
+from vqkernels.nn.metrics import code_counts, distortion, distortion_per_bit
+from vqkernels.train.checkpoint import open_folder, replace_file
+from vqkernels.train.config import RunError, TrainConfig
+from vqkernels.train.data import ImageSet
+from vqkernels.train.evaluate import evaluate
+from vqkernels.train.log import read_lines
+from vqkernels.train.loop import train
+
+FORMAT = "vqkernels cell 1"
+CONFIG, RESULT, ERRORS, LOCK = "config.json", "result.json", "stderr.txt", "cell.lock"
+STOPPED = 143
+
+# crops to measure on: the same ones for every run, whatever its seed
+CROPS, CROPS_SEED = 512, 1
+CROPS_AT_ONCE = 64
+
+Measurements = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished cell found.
+
+    Attributes:
+        config: of the run.
+        measurements: by name: "psnr" (dB, of the mean squared error over all held-out crops), "psnr_images"
+            (dB, mean over whole held-out images), "ssim", "perplexity", "usage", "bits_per_latent",
+            "distortion" (latents squared), "distortion_per_bit", "seconds_per_step". None where not finite.
+        version: of the package that measured.
+    """
+
+    config: TrainConfig
+    measurements: Measurements
+    version: str
+
+    def save(self, folder: Path) -> None:
+        """Write result.json as a whole.
+
+        Args:
+            folder: of the cell.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        content = {
+            "format": FORMAT,
+            "version": self.version,
+            "config": json.loads(self.config.to_json()),
+            "measurements": self.measurements,
+        }
+        replace_file(folder / RESULT, json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def read_result(folder: Path, config: TrainConfig) -> Result | None:
+    """Read the result of a cell, if it is there and of this configuration.
+
+    Args:
+        folder: of the cell.
+        config: that the cell shall have.
+
+    Returns:
+        The result; None where there is none, or one of another version of its format or of other settings.
+    """
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        if not isinstance(content, Mapping) or content["format"] != FORMAT:
+            return None
+        found = TrainConfig.from_json(json.dumps(content["config"]))
+        measurements = {str(name): value for name, value in content["measurements"].items()}
+        result = Result(found, measurements, str(content["version"]))
+    except (OSError, ValueError, KeyError, AttributeError, RunError):
+        # what cannot be read is trained again
+        return None
+    return None if found.differences(config) else result
+
+
+def run_cell(folder: Path, threads: int) -> int:
+    """Train the cell whose config.json lies in a folder, or go on with it, and leave result.json.
+
+    Args:
+        folder: of the cell.
+        threads: that torch may use.
+
+    Returns:
+        0 when finished, 143 when a signal stopped it with a checkpoint.
+
+    Raises:
+        RunError: the run cannot start or go on.
+    """
+    torch.set_num_threads(threads)
+    config = TrainConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    with (folder / LOCK).open("w") as lock:
+        # a cell that an earlier comparison left behind may still be writing its checkpoint
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if read_result(folder, config) is not None:
+            return 0
+        done = train(config, resume=True)
+        if done.signal is not None:
+            return STOPPED
+        Result(config, measure(done.model, done.images, config), vqkernels.__version__).save(folder)
+    return 0
+
+
+def measure(model: VQVAE, images: ImageSet, config: TrainConfig) -> Measurements:
+    """Measure a trained model on held-out images and crops, with codewords.
+
+    Args:
+        model: with an initialised quantizer.
+        images: to measure on.
+        config: of the run, whose log tells the seconds of a step.
+
+    Returns:
+        The measurements that `Result` lists.
+    """
+    whole = evaluate(model, images)
+    mse, spread, per_bit = _on_crops(model, held_out_crops(images, config.crop))
+    found = {
+        "psnr": 10 * math.log10(4 / mse) if mse else math.inf,
+        "psnr_images": whole.psnr,
+        "ssim": whole.ssim,
+        "perplexity": whole.perplexity,
+        "usage": whole.usage,
+        "bits_per_latent": whole.bits_per_latent,
+        "distortion": spread,
+        "distortion_per_bit": per_bit,
+        "seconds_per_step": _seconds_per_step(config),
+    }
+    return {
+        name: value if value is not None and math.isfinite(value) else None for name, value in found.items()
+    }
+
+
+def held_out_crops(images: ImageSet, size: int) -> Tensor:
+    """Cut the crops that all runs are measured on, uniform over held-out images and positions.
+
+    Args:
+        images: the held-out part is used.
+        size: side of a crop, in pixels.
+
+    Returns:
+        (512, 3, size, size) float32 in [-1, 1].
+    """
+    rng = np.random.default_rng(CROPS_SEED)
+    pictures = [held_out.image for held_out in images.validation()]
+    crops = []
+    for _ in range(CROPS):
+        picture = pictures[rng.integers(len(pictures))]
+        top, left = (int(rng.integers(side - size + 1)) for side in picture.shape[1:])
+        crops.append(picture[:, top : top + size, left : left + size])
+    return torch.stack(crops)
+
+
+@torch.no_grad()
+def _on_crops(model: VQVAE, crops: Tensor) -> tuple[float, float, float]:
+    """Mean squared error of pixels, mean squared distance of latents, and that per bit of entropy."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    counts = torch.zeros(model.quantizer.num_indices, dtype=torch.int64, device=device)
+    error, spread = 0.0, 0.0
+    for batch in crops.split(CROPS_AT_ONCE):
+        batch = batch.to(device)
+        latents = model.encode(batch)
+        quantized = model.quantizer(latents)
+        share = len(batch) / len(crops)
+        pixels = model.decode(quantized.z).float().clamp(-1, 1)
+        error += share * float((pixels - batch).double().square().mean())
+        spread += share * float(distortion(latents, quantized.z, quantized.indices, channel_dim=1))
+        counts += code_counts(quantized.indices[..., 0], len(counts))
+    model.train(training)
+    return error, spread, float(distortion_per_bit(torch.tensor(spread, device=device), counts))
+
+
+def _seconds_per_step(config: TrainConfig) -> float | None:
+    """The median over lines of the log, without those of a warm-up, which quantizes nothing."""
+    times = [
+        float(seconds)
+        for line in read_lines(config.metrics_path())
+        if line.get("perplexity") is not None and (seconds := line.get("seconds_per_step")) is not None
+    ]
+    return median(times) if times else None
+
+
+def stop_without_parent() -> None:
+    """End this process as SIGTERM would, with a checkpoint, when whoever started it has gone."""
+
+    def watch() -> None:
+        # the pipe closes however its other end dies
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one cell: FOLDER THREADS.
+
+    Args:
+        arguments: the two words.
+
+    Returns:
+        The exit code: 0 finished, 2 for a run that cannot be, 143 stopped.
+    """
+    folder, threads = arguments
+    open_folder(Path(folder))
+    stop_without_parent()
+    try:
+        return run_cell(Path(folder), int(threads))
+    except RunError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
