@@ -205,8 +205,9 @@ def stop_without_parent() -> None:
     """End this process as SIGTERM would, with a checkpoint, when whoever started it has gone."""
 
     def watch() -> None:
-        # the pipe closes however its other end dies
-        sys.stdin.buffer.read()
+        # the pipe closes however its other end dies; sys.stdin would hold a lock that the end of python waits for
+        while os.read(0, 1):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
