@@ -80,6 +80,8 @@ def compare(
         width=width,
         crop=crop,
         augment=augment,
+        # whole images take longer than the steps between them; the training log shows crops
+        evaluate_every=max(1, steps // 4),
     )
     grid = Grid(
         methods=default if methods is None else [word.strip() for word in methods.split(",")],

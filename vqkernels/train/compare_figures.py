@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -161,7 +162,7 @@ def draw_logs(path: Path, grid: Grid, states: Sequence[CellState]) -> None:
     _finish(figure, path, styles, note)
 
 
-def _panels() -> tuple[Figure, NDArray[np.object_]]:
+def _panels() -> tuple[Figure, NDArray[Any]]:
     figure = Figure(figsize=(12.4, 8.2), dpi=DPI, layout="constrained")
     return figure, figure.subplots(2, 2, sharex=True)
 
