@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from vqkernels.train.checkpoint import load_checkpoint
 from vqkernels.train.compare import CellState, Grid, run_cells
 from vqkernels.train.compare_cell import RESULT, Result, held_out_crops, measure, read_result
 from vqkernels.train.compare_report import report_files, write_report
@@ -25,6 +24,7 @@ from vqkernels.train.compare_table import as_csv, markdown, summarise
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.contenders import ABLATIONS, CONTENDERS, contender
 from vqkernels.train.data import load_images
+from vqkernels.train.log import read_lines
 from vqkernels.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,13 +188,13 @@ class TestCells:
     def test_one_that_fails_leaves_the_others(self, small, tmp_path):
         cells = grid(small).cells(tmp_path)
         cells[0].folder.mkdir(parents=True)
-        checkpoint = cells[0].config.checkpoint_path()
-        checkpoint.write_bytes(b"no checkpoint")
+        log = cells[0].config.metrics_path()
+        log.write_text("no log\nat all\n")
         bad, good = run_cells(cells, workers=2).states
-        assert bad.result is None and "exit code 2" in bad.error and "checkpoint" in bad.error
+        assert bad.result is None and "exit code 2: train: metrics.jsonl must" in bad.error
         assert good.result is not None
         # what was wrong is gone, and the same call finishes the grid
-        checkpoint.unlink()
+        log.unlink()
         again = run_cells(cells).states
         assert [state.error for state in again] == [None, None]
         assert [state.cached for state in again] == [False, True]
@@ -202,7 +202,7 @@ class TestCells:
     def test_a_signal_keeps_checkpoints_and_the_same_call_goes_on(self, small, tmp_path):
         base = dataclasses.replace(small, steps=100_000)
         cells = grid(base, methods=("ste",)).cells(tmp_path)
-        path = cells[0].config.checkpoint_path()
+        log = cells[0].config.metrics_path()
         script = (
             "import sys; from pathlib import Path\n"
             "from vqkernels.train.compare import Grid, run_cells\n"
@@ -214,19 +214,25 @@ class TestCells:
         command = [sys.executable, "-c", script, base.to_json(), str(tmp_path)]
         process = subprocess.Popen(command, cwd=ROOT)
         try:
-            _wait_for(path.exists)
+            _wait_for(lambda: _steps(log) >= 8)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
-            stopped_at = load_checkpoint(path).step
-            # a parent that is killed takes its cells along, with a checkpoint
+            before = read_lines(log)
+            # a parent that is killed takes its cells along
             process = subprocess.Popen(command, cwd=ROOT)
-            _wait_for(lambda: load_checkpoint(path).step > stopped_at)
+            _wait_for(lambda: _steps(log) > before[-1]["step"])
         finally:
             process.kill()
             process.wait()
         _wait_for(lambda: _unlocked(cells[0].folder))
-        assert load_checkpoint(path).step > stopped_at
+        # it went on: a run from the start would have measured other times
+        assert read_lines(log)[: len(before)] == before
         assert not (cells[0].folder / RESULT).exists()
+
+
+def _steps(log):
+    lines = read_lines(log) if log.exists() else []
+    return lines[-1]["step"] if lines else 0
 
 
 def _wait_for(condition, seconds=60):

@@ -1,4 +1,4 @@
-"""python -m vqkernels compare."""
+"""The command `compare`."""
 
 import time
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vqkernels.checks import refuse
+from vqkernels.cli.console import stopped
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.contenders import ABLATIONS, CONTENDERS
 
@@ -17,7 +18,6 @@ else:
     AblationName = Literal[tuple(ABLATIONS)]
 
 METHODS = "ste,ema,rotation,nsvq,gumbel,diveq,sf_diveq,affine,mq"
-SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 _BASE = TrainConfig()
 
 
@@ -104,8 +104,7 @@ def compare(
 
     outcome = run_cells(cells, workers=workers, on_change=tell)
     if outcome.signal is not None:
-        print(f"stopped by {outcome.signal}; the same command goes on, from {out}")
-        return SIGNAL_EXIT_CODES[outcome.signal]
+        return stopped(outcome.signal, f"what is finished is in {out}; the same command goes on")
     table, *_ = report_files(out, grid)
     print(table.read_text(encoding="utf-8"))
     print("files: " + ", ".join(map(str, report_files(out, grid))))

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from vqkernels.train.checkpoint import replace_file
@@ -154,7 +154,7 @@ def draw_logs(path: Path, grid: Grid, states: Sequence[CellState]) -> None:
             if name == "loss":
                 axes.set_yscale("log")
             if name == "perplexity":
-                _powers_of_two(axes)
+                axes.set_ylim(bottom=0)
     note = (
         "training crops, means between two lines of the log; lines are means over seeds, bands their range. "
         "A warm-up quantizes nothing; SF-DiVeQ counts segments"
@@ -205,16 +205,10 @@ def _points(
 def _scales(axes: Axes, name: str) -> None:
     axes.grid(alpha=0.25)
     if name == "perplexity":
-        _powers_of_two(axes)
+        axes.set_ylim(bottom=0)
     if name == "distortion_per_bit":
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _powers_of_two(axes: Axes) -> None:
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _band(axes: Axes, logs: Sequence[Sequence[Line]], name: str, colour: str) -> None:

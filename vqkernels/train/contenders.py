@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from vqkernels.checks import refuse
-from vqkernels.train.config import RunError, TrainConfig, Upkeep
+from vqkernels.train.config import RunError, TrainConfig
+from vqkernels.train.options import Start, Upkeep
 
-STARTS = ("plain", "kmeans")
+STARTS: tuple[str, ...] = get_args(Start)
 UPKEEPS: tuple[str, ...] = get_args(Upkeep)
 
 
@@ -69,12 +70,15 @@ def _plain(label: str, quantizer: str, **more: object) -> Contender:
     return Contender(label, {"quantizer": quantizer, "upkeep": "none", **more})
 
 
-def _meta(label: str, quantizer: str, **more: object) -> Contender:
-    return _plain(label, quantizer, procedure="meta", codes_rate=HYPER_RATE, **more)
+def _hyper(label: str, quantizer: str, procedure: str = "meta", **more: object) -> Contender:
+    settings = {"procedure": procedure, "codes_rate": HYPER_RATE, "commitment_weight": COMMITMENT, **more}
+    return _plain(label, quantizer, **settings)
 
 
-# how much faster than the model the parts that all codes share learn, MQ's hyper-net and its ablations alike
+# what the parts that all codes share learn faster than the model, MQ's hyper-net and its ablations alike
 HYPER_RATE = 10.0
+# that of STE (DiVeQ eq. 2); with MQ's own 1, latents of so short a training shrink onto few codes
+COMMITMENT = 0.25
 
 CONTENDERS: dict[str, Contender] = {
     "ste": _replaced("STE", "ste"),
@@ -100,12 +104,12 @@ CONTENDERS: dict[str, Contender] = {
     "alternated": _replaced("alternated", "ste", start="kmeans", procedure="alternated"),
     "simvq": _plain("SimVQ", "simvq"),
     "fsq": _plain("FSQ", "fsq"),
-    "mq": _meta("MQ", "mq"),
-    "mq_xi0": _meta("MQ, xi = 0", "mq", xi=0.0),
-    "mq_joint": _plain("MQ, no bi-level", "mq", codes_rate=HYPER_RATE),
-    "mq_identity": _meta("MQ, identity", "mq_identity"),
-    "mq_linear_1": _meta("MQ, linear-1", "mq_linear_1"),
-    "mq_linear_2": _meta("MQ, linear-2", "mq_linear_2"),
+    "mq": _hyper("MQ", "mq"),
+    "mq_xi0": _hyper("MQ, xi = 0", "mq", xi=0.0),
+    "mq_joint": _hyper("MQ, no bi-level", "mq", "joint"),
+    "mq_identity": _hyper("MQ, identity", "mq_identity"),
+    "mq_linear_1": _hyper("MQ, linear-1", "mq_linear_1"),
+    "mq_linear_2": _hyper("MQ, linear-2", "mq_linear_2"),
 }
 
 
