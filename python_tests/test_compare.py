@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vqkernels.cli.compare import compare
 from vqkernels.train.compare import CellState, Grid, run_cells
 from vqkernels.train.compare_cell import RESULT, Result, held_out_crops, measure, read_result
 from vqkernels.train.compare_report import report_files, write_report
@@ -345,3 +346,35 @@ class TestReport:
             if path.suffix == ".png":
                 with Image.open(path) as image:
                     assert min(image.size) > 600
+
+
+class TestCommand:
+    def test_a_finished_comparison_is_told_without_training(self, folder, tmp_path, capsys):
+        options = {"data": str(folder), "steps": 12, "width": 8, "crop": 16}
+        base = TrainConfig(**options)
+        cells = Grid(["ste", "mq"], [8], [0], base).cells(tmp_path)
+        for cell in cells:
+            cell.folder.mkdir(parents=True)
+            Result(cell.config, {"psnr": 21.5, "ssim": 0.5}, "0").save(cell.folder)
+            cell.config.metrics_path().write_text("")
+        assert compare("ste, mq", num_codes="8", seeds="0", out=tmp_path, **options) == 0
+        told = capsys.readouterr().out
+        assert "2 cells, 2 of them finished before" in told
+        assert "| 8 | MQ | 21.50 |" in told and "procedure meta" in told
+        assert (tmp_path / "compare.md").read_text() in told
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_codes": "8,x"}, "num_codes must be whole numbers with commas between them; got '8,x'"),
+            ({"methods": "ste,,mq"}, "methods must be known names; got ''"),
+        ],
+    )
+    def test_refusals(self, tmp_path, options, message):
+        with pytest.raises(RunError, match=message):
+            compare(out=tmp_path, **options)
+
+    def test_every_method_is_listed_with_its_settings(self, capsys):
+        assert compare(known=True) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == list(CONTENDERS)
