@@ -368,6 +368,7 @@ class TestCommand:
         [
             ({"num_codes": "8,x"}, "num_codes must be whole numbers with commas between them; got '8,x'"),
             ({"methods": "ste,,mq"}, "methods must be known names; got ''"),
+            ({"workers": 0}, "workers must be at least 1; got 0"),
         ],
     )
     def test_refusals(self, tmp_path, options, message):

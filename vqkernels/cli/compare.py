@@ -57,7 +57,7 @@ def compare(
         width: Channels of the hidden layers.
         crop: Height and width of a training crop, in pixels.
         augment: Mirror half of the crops and change the exposure of all a little; the flag switches it.
-        workers: Cells at a time, which share the cores. One for each core when left out.
+        workers: Cells at a time, which share the cores. One for each core when left out, one alone with a GPU.
         known: List the methods with their settings, and train nothing.
     """
     if known:

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from vqkernels.checks import check_count, refuse
+import torch
+
+from vqkernels.checks import refuse
 from vqkernels.train.checkpoint import open_folder, replace_file
 from vqkernels.train.compare_cell import CONFIG, ERRORS, STOPPED, Result, read_result
 from vqkernels.train.config import FREE_FIELDS, RunError, TrainConfig
@@ -160,18 +162,22 @@ def run_cells(
 
     Args:
         cells: from `Grid.cells`.
-        workers: cells at a time; the number of cores when omitted. Each has its share of the cores as threads.
+        workers: cells at a time; the number of cores when omitted, 1 with a GPU. Each has its share of the cores as
+            threads.
         on_change: called with all states and the one that changed, once at the beginning with None.
 
     Returns:
         The states and the signal.
 
     Raises:
-        RunError: a folder cannot be written.
-        ValueError: `workers` is below 1.
+        RunError: a folder cannot be written, or `workers` is below 1.
     """
     cores = _cores()
-    workers = cores if workers is None else check_count("compare", "workers", workers, minimum=1)
+    if workers is None:
+        # cells on one GPU would share its memory
+        workers = 1 if torch.cuda.is_available() else cores
+    if workers < 1:
+        refuse(RunError, "compare", "workers", "be at least 1", workers, "Pass 1 or more")
     states = {
         cell.folder: CellState(cell, read_result(cell.folder, cell.config), cached=True) for cell in cells
     }
