@@ -351,6 +351,7 @@ class TestReport:
 class TestCommand:
     def test_a_finished_comparison_is_told_without_training(self, folder, tmp_path, capsys):
         options = {"data": str(folder), "steps": 12, "width": 8, "crop": 16}
+        options |= {"lr": 1e-3, "schedule": "cosine", "rise": 0.1}
         base = TrainConfig(**options)
         cells = Grid(["ste", "mq"], [8], [0], base).cells(tmp_path)
         for cell in cells:

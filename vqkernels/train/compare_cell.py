@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +29,9 @@ FORMAT = "vqkernels cell 1"
 CONFIG, RESULT, ERRORS, LOCK = "config.json", "result.json", "stderr.txt", "cell.lock"
 STOPPED = 143
 
-# crops to measure on: the same ones for every run, whatever its seed
-CROPS, CROPS_SEED = 512, 1
+# crops to measure on; steps of the additive sequence that fills a square most evenly, 1 / g and 1 / g^2 for
+# g^3 = g + 1, because places drawn at random would leave 0.2 dB of chance in what is compared across programs
+CROPS, CROPS_STEPS = 512, (0.7548776662466927, 0.5698402909980532)
 CROPS_AT_ONCE = 64
 
 Measurements = dict[str, float | None]
@@ -151,7 +151,7 @@ def measure(model: VQVAE, images: ImageSet, config: TrainConfig) -> Measurements
 
 
 def held_out_crops(images: ImageSet, size: int) -> Tensor:
-    """Cut the crops that all runs are measured on, uniform over held-out images and positions.
+    """Cut the crops that all runs are measured on, spread evenly over held-out images and positions.
 
     Args:
         images: the held-out part is used.
@@ -160,12 +160,15 @@ def held_out_crops(images: ImageSet, size: int) -> Tensor:
     Returns:
         (512, 3, size, size) float32 in [-1, 1].
     """
-    rng = np.random.default_rng(CROPS_SEED)
     pictures = [held_out.image for held_out in images.validation()]
     crops = []
-    for _ in range(CROPS):
-        picture = pictures[rng.integers(len(pictures))]
-        top, left = (int(rng.integers(side - size + 1)) for side in picture.shape[1:])
+    for number in range(CROPS):
+        few = len(pictures) <= CROPS
+        picture = pictures[number % len(pictures) if few else number * len(pictures) // CROPS]
+        top, left = (
+            int((0.5 + number * step) % 1 * (side - size + 1))
+            for step, side in zip(CROPS_STEPS, picture.shape[1:], strict=True)
+        )
         crops.append(picture[:, top : top + size, left : left + size])
     return torch.stack(crops)
 

@@ -204,11 +204,13 @@ def _heading(grid: Grid) -> list[str]:
     title = "Methods" if grid.ablation is None else grid.sweep.axis.capitalize()
     crops = f"{base.batch_size} crops of {base.crop}x{base.crop} pixels"
     augmented = ", mirrored and of other exposure" if base.augment else ""
+    rise = f" after a rise over {base.rise:.0%} of the steps" if base.rise else ""
     return [
         f"# Comparison: {title}",
         "",
-        f"All cells: {base.steps} steps of {crops} from {base.data}{augmented}, learning rate {base.lr:g}, "
-        f"codes of {base.latent_dim} features; seeds {', '.join(map(str, grid.seeds))}.",
+        f"All cells: {base.steps} steps of {crops} from {base.data}{augmented}; {base.optimizer}, learning rate "
+        f"{base.lr:g}, {base.schedule}{rise}; codes of {base.latent_dim} features; warm-ups take {base.warmup:.0%} "
+        f"of the steps; seeds {', '.join(map(str, grid.seeds))}.",
     ]
 
 

@@ -194,7 +194,7 @@ ABLATIONS: dict[str, Ablation] = {
     "lr": Ablation(
         "learning rate",
         ("ste", "diveq", "sf_diveq"),
-        _numbers("lr", (2e-4, 5.5e-4, 1.5e-3)),
+        _numbers("lr", (2e-4, 5e-4, 1e-3, 2e-3)),
         "DiVeQ, ablation of the learning rate",
     ),
     "replacement": Ablation(
