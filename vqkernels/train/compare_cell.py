@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 import vqkernels
-from vqkernels.models import VQVAE
-from vqkernels.nn.metrics import code_counts, distortion, distortion_per_bit
+from vqkernels.models.autoencoder import ImageAutoencoder
 from vqkernels.train.checkpoint import open_folder, replace_file
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet
-from vqkernels.train.evaluate import evaluate
+from vqkernels.train.evaluate import evaluate, evaluating
 from vqkernels.train.log import read_lines
 from vqkernels.train.loop import train
 
@@ -121,7 +120,7 @@ def run_cell(folder: Path, threads: int) -> int:
     return 0
 
 
-def measure(model: VQVAE, images: ImageSet, config: TrainConfig) -> Measurements:
+def measure(model: ImageAutoencoder, images: ImageSet, config: TrainConfig) -> Measurements:
     """Measure a trained model on held-out images and crops, with codewords.
 
     Args:
@@ -133,7 +132,7 @@ def measure(model: VQVAE, images: ImageSet, config: TrainConfig) -> Measurements
         The measurements that `Result` lists.
     """
     whole = evaluate(model, images)
-    mse, spread, per_bit = _on_crops(model, held_out_crops(images, config.crop))
+    mse = _error(model, held_out_crops(images, config.crop))
     found = {
         "psnr": 10 * math.log10(4 / mse) if mse else math.inf,
         "psnr_images": whole.psnr,
@@ -141,8 +140,8 @@ def measure(model: VQVAE, images: ImageSet, config: TrainConfig) -> Measurements
         "perplexity": whole.perplexity,
         "usage": whole.usage,
         "bits_per_latent": whole.bits_per_latent,
-        "distortion": spread,
-        "distortion_per_bit": per_bit,
+        "distortion": whole.distortion,
+        "distortion_per_bit": whole.distortion_per_bit,
         "seconds_per_step": _seconds_per_step(config),
     }
     return {
@@ -174,24 +173,16 @@ def held_out_crops(images: ImageSet, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def _on_crops(model: VQVAE, crops: Tensor) -> tuple[float, float, float]:
-    """Mean squared error of pixels, mean squared distance of latents, and that per bit of entropy."""
+def _error(model: ImageAutoencoder, crops: Tensor) -> float:
+    """Mean squared error of all pixels of all crops."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    counts = torch.zeros(model.quantizer.num_indices, dtype=torch.int64, device=device)
-    error, spread = 0.0, 0.0
-    for batch in crops.split(CROPS_AT_ONCE):
-        batch = batch.to(device)
-        latents = model.encode(batch)
-        quantized = model.quantizer(latents)
-        share = len(batch) / len(crops)
-        pixels = model.decode(quantized.z).float().clamp(-1, 1)
-        error += share * float((pixels - batch).double().square().mean())
-        spread += share * float(distortion(latents, quantized.z, quantized.indices, channel_dim=1))
-        counts += code_counts(quantized.indices[..., 0], len(counts))
-    model.train(training)
-    return error, spread, float(distortion_per_bit(torch.tensor(spread, device=device), counts))
+    total = 0.0
+    with evaluating(model, "codeword"):
+        for batch in crops.split(CROPS_AT_ONCE):
+            originals = batch.to(device)
+            pixels = model(originals)[0].float().clamp(-1, 1)
+            total += float((pixels - originals).double().square().sum())
+    return total / crops.numel()
 
 
 def _seconds_per_step(config: TrainConfig) -> float | None:

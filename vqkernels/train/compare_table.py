@@ -217,8 +217,8 @@ def _heading(grid: Grid) -> list[str]:
 def _notes(grid: Grid, entries: Sequence[Entry]) -> list[str]:
     notes = [
         "PSNR of crops is of the mean squared error over 512 held-out crops together, PSNR of images the mean over "
-        "whole held-out images; perplexity, codes in use and SSIM are of whole images, distortion of crops, in units "
-        "of latents squared per bit of entropy. All measure codewords. ± is the standard deviation over seeds. "
+        "whole held-out images, as are SSIM, perplexity, codes in use and the distortion of latents, in their squared "
+        "units per bit of entropy. All measure codewords. ± is the standard deviation over seeds. "
         "Step times are medians of a run, of cells that shared a machine.",
         "",
         "Settings, beside those of all cells:" if grid.ablation is None else "Settings by point:",
