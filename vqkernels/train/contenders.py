@@ -76,7 +76,7 @@ def _hyper(label: str, quantizer: str, procedure: str = "meta", **more: object) 
 
 
 # what the parts that all codes share learn faster than the model, MQ's hyper-net and its ablations alike
-HYPER_RATE = 10.0
+HYPER_RATE = 5.0
 # that of STE (DiVeQ eq. 2); with MQ's own 1, latents of so short a training shrink onto few codes
 COMMITMENT = 0.25
 
@@ -194,7 +194,7 @@ ABLATIONS: dict[str, Ablation] = {
     "lr": Ablation(
         "learning rate",
         ("ste", "diveq", "sf_diveq"),
-        _numbers("lr", (2e-4, 5e-4, 1e-3, 2e-3)),
+        _numbers("lr", (5e-4, 1e-3, 2e-3, 4e-3)),
         "DiVeQ, ablation of the learning rate",
     ),
     "replacement": Ablation(
