@@ -71,9 +71,9 @@ def compare(
             settings = ", ".join(f"{key} {value}" for key, value in who.overrides.items())
             print(f"{name:<16} {who.label}: {settings}")
         return 0
-    from vqkernels.train.checkpoint import open_folder
     from vqkernels.train.compare import Grid, run_cells
     from vqkernels.train.compare_report import report_files, write_report
+    from vqkernels.train.files import open_folder
 
     default = METHODS.split(",") if ablate is None else list(ABLATIONS[ablate].methods)
     sizes = num_codes or ("256,1024" if ablate is None else "256")

@@ -17,10 +17,10 @@ from typing import Any, Self
 import torch
 
 from vqkernels.checks import refuse
-from vqkernels.train.checkpoint import open_folder, replace_file
 from vqkernels.train.compare_cell import CONFIG, ERRORS, STOPPED, Result, read_result
 from vqkernels.train.config import FREE_FIELDS, RunError, TrainConfig
 from vqkernels.train.contenders import ABLATIONS, Ablation, Variant, contender, with_settings
+from vqkernels.train.files import open_folder, replace_file
 
 # between two looks at the processes, in seconds
 PAUSE = 0.2

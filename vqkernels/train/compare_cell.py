@@ -17,10 +17,10 @@ from torch import Tensor
 
 import vqkernels
 from vqkernels.models.autoencoder import ImageAutoencoder
-from vqkernels.train.checkpoint import open_folder, replace_file
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet
 from vqkernels.train.evaluate import evaluate, evaluating
+from vqkernels.train.files import open_folder, replace_file
 from vqkernels.train.log import read_lines
 from vqkernels.train.loop import train
 

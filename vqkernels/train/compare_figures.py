@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
-from vqkernels.train.checkpoint import replace_file
 from vqkernels.train.compare import CellState, Grid
 from vqkernels.train.compare_table import Entry
+from vqkernels.train.files import replace_file
 from vqkernels.train.log import Line, read_lines
 
 DPI = 120

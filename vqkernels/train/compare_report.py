@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vqkernels.train.checkpoint import replace_file
 from vqkernels.train.compare import CellState, Grid
 from vqkernels.train.compare_figures import draw_ablation, draw_comparison, draw_logs
 from vqkernels.train.compare_table import as_csv, markdown, summarise
+from vqkernels.train.files import replace_file
 
 
 def report_files(out: Path, grid: Grid) -> list[Path]:
