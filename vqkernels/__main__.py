@@ -55,6 +55,7 @@ def commands(words: Sequence[str]) -> dict[str, Callable[..., int]]:
         words: of the command line; the recipe that they name sets the defaults of `train`.
     """
     from vqkernels.cli import train
+    from vqkernels.cli.compare import compare
     from vqkernels.cli.demo import demo
     from vqkernels.cli.evaluate import evaluate
     from vqkernels.cli.prior import prior, sample, tokens
@@ -62,6 +63,7 @@ def commands(words: Sequence[str]) -> dict[str, Callable[..., int]]:
     return {
         "train": train.command(train.default_of(words[1:])),
         "evaluate": evaluate,
+        "compare": compare,
         "tokens": tokens,
         "prior": prior,
         "sample": sample,
