@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vqkernels.checks import refuse
+from vqkernels.models import ImageAutoencoder
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.procedure import mean_over_ranks
 
@@ -68,7 +69,7 @@ def make_accelerator(config: TrainConfig, tracker: Any = None) -> Accelerator:
     return accelerator
 
 
-def joint_statistics(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def joint_statistics(model: ImageAutoencoder, accelerator: Accelerator) -> ImageAutoencoder:
     """Let batch statistics be those of the joint batch.
 
     Args:
@@ -88,7 +89,9 @@ def joint_statistics(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         got = f"batch statistics in {parts[0]} and {accelerator.num_processes} processes"
         fix = "Pass --backbone diveq or vqgan, or start one process"
         refuse(RunError, "train", "backbone", "have none on several CPU processes", got, fix)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # in place, for no model is a layer itself
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def leave_out(model: nn.Module, part: str) -> None:
