@@ -14,6 +14,9 @@ from vqkernels.train.config import TrainConfig
 from vqkernels.train.options import GROUPS
 from vqkernels.train.presets import PRESETS, PresetName
 
+# held-out crops of a report
+CROPS = 512
+
 # one argument for each group, so that the help shows them apart
 _Options = dataclasses.make_dataclass(
     "Options",
@@ -66,6 +69,7 @@ def command(default: TrainConfig) -> Callable[..., int]:
         full: bool = False,
         resume: bool = False,
         resume_from: Path | None = None,
+        report: bool = True,
     ) -> int:
         """Train an autoencoder; leaves checkpoints, a log and pictures in --out.
 
@@ -75,8 +79,10 @@ def command(default: TrainConfig) -> Callable[..., int]:
             full: The recipe in the paper's size, for a GPU and a data set.
             resume: Go on from the newest checkpoint in --out, or start where there is none.
             resume_from: Go on from this checkpoint; later ones, and the log beyond it, are dropped.
+            report: Write report.md and its pictures into --out at the end; the flag switches it off.
         """
-        return run(config_of(options), resume=resume or resume_from is not None, resume_from=resume_from)
+        again = resume or resume_from is not None
+        return run(config_of(options), resume=again, resume_from=resume_from, report=report)
 
     return train
 
@@ -98,19 +104,24 @@ def default_of(words: Sequence[str]) -> TrainConfig:
     return PRESETS[found.preset].config(full=found.full)
 
 
-def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None) -> int:
-    """Train and print a table.
+def run(
+    config: TrainConfig, *, resume: bool, resume_from: Path | None = None, report: bool = True
+) -> int:
+    """Train, print a table and write a report.
 
     Args:
         config: of the run.
         resume: whether to go on from a checkpoint.
         resume_from: which one; None for the newest.
+        report: whether to write report.md and its pictures.
     """
     from vqkernels.train.evaluate import evaluate, modes_of
+    from vqkernels.train.latents import study_latents
     from vqkernels.train.log import read_lines
     from vqkernels.train.loop import train
+    from vqkernels.train.pages import write_report
     from vqkernels.train.processes import leave
-    from vqkernels.train.report import format_table
+    from vqkernels.train.report import format_table, make_report
 
     terminal = sys.stderr.isatty()
     on_line = None if terminal else tell
@@ -120,10 +131,17 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None) -
         return stopped(result.signal, f"at step {result.step}; the checkpoint is in {config.out}")
     if not result.main:
         return 0
-    shares = [line.get("quantizer_share") for line in read_lines(config.metrics_path())]
+    lines = read_lines(config.metrics_path())
+    shares = [line.get("quantizer_share") for line in lines]
     known = [float(share) for share in shares if share is not None]
-    found = [evaluate(result.model, result.images, mode=mode) for mode in modes_of(result.model)]
+    model, images = result.model, result.images
+    found = [evaluate(model, images, mode=mode, crops=CROPS if report else 0) for mode in modes_of(model)]
     share = sum(known) / len(known) if known else None
     print(format_table([(config.quantizer, one, share) for one in found]))
     print(f"checkpoint and log: {config.out}")
+    if report:
+        path, study = Path(config.out) / "report.md", study_latents(model, images, crops=CROPS)
+        page = make_report(model, images, config, evaluations=found, study=study, lines=lines)
+        write_report(path, page)
+        print(f"report with pictures: {path}")
     return 0

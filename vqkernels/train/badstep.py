@@ -46,7 +46,9 @@ def all_finite(state: Mapping[str, Tensor]) -> Tensor:
     Args:
         state: of the model.
     """
-    return torch.stack([value.isfinite().all() for value in state.values()]).all()
+    # counts are finite, and may lie on another device
+    numbers = [value for value in state.values() if value.is_floating_point()]
+    return torch.stack([value.isfinite().all() for value in numbers]).all()
 
 
 def save_bad_step(config: TrainConfig, bad: BadStep) -> Path:

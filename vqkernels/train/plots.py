@@ -116,7 +116,9 @@ def training_figure(runs: Mapping[str, Sequence[Line]]) -> Figure:
         for axes, key in ((psnr, "psnr"), (perplexity, "perplexity"), (usage, "usage")):
             _curve(axes, lines, "train", key, colour)
             _curve(axes, lines, "held_out", key, colour)
-    loss.set(title="Training loss", ylabel="MSE of images in [-1, 1] + quantizer loss", yscale="log")
+    positive = all(y > 0 for lines in runs.values() for y in _values(lines, "loss"))
+    # what a discriminator adds may be below 0
+    loss.set(title="Training loss", ylabel="what was minimised", yscale="log" if positive else "linear")
     psnr.set(title="Reconstruction", ylabel="PSNR (dB)")
     perplexity.set(title="Perplexity of the code indices", ylabel="codes in effective use")
     usage.set(title="Codebook usage", ylabel="codes used at least once", ylim=(0, 1.04))
@@ -133,6 +135,10 @@ def training_figure(runs: Mapping[str, Sequence[Line]]) -> Figure:
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False, fontsize=11)
     figure.supxlabel(NOTE, fontsize=9, color="0.3")
     return figure
+
+
+def _values(lines: Sequence[Line], key: str) -> list[float]:
+    return [float(v) for line in lines if line["split"] == "train" and (v := line.get(key)) is not None]
 
 
 def _curve(axes: Axes, lines: Sequence[Line], split: str, key: str, colour: str) -> None:

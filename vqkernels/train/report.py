@@ -13,6 +13,7 @@ import vqkernels
 from vqkernels.train.config import TrainConfig
 from vqkernels.train.data import ImageSet
 from vqkernels.train.evaluate import Evaluation, evaluate, reconstruct, to_pixels
+from vqkernels.train.extra_plots import extras_figure
 from vqkernels.train.held_out import quantizer_of
 from vqkernels.train.latent_plots import embedding_figure, error_figure, use_figure
 from vqkernels.train.latents import Embedding, LatentStudy, embed
@@ -199,6 +200,10 @@ def _illustrations(
         text = "Loss, PSNR, perplexity and usage against the optimizer step, as metrics.jsonl holds them."
         picture = png(training_figure({config.quantizer: lines}))
         found.insert(0, Illustration("Training", text, picture))
+        extras = extras_figure(lines)
+        if extras is not None:
+            text = "What this training logs besides, means over the steps since the last line."
+            found.insert(1, Illustration("Further training curves", text, png(extras)))
     return found
 
 
