@@ -1,7 +1,7 @@
 """Several processes: how they find each other, and what keeps n of them on the path of one."""
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vqkernels.checks import refuse
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.procedure import mean_over_ranks
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_accelerator(config: TrainConfig, tracker: Any = None) -> Accelerator:
@@ -68,7 +70,7 @@ def make_accelerator(config: TrainConfig, tracker: Any = None) -> Accelerator:
     return accelerator
 
 
-def joint_statistics(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def joint_statistics(model: Model, accelerator: Accelerator) -> Model:
     """Let batch statistics be those of the joint batch.
 
     Args:
@@ -88,7 +90,9 @@ def joint_statistics(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         got = f"batch statistics in {parts[0]} and {accelerator.num_processes} processes"
         fix = "Pass --backbone diveq or vqgan, or start one process"
         refuse(RunError, "train", "backbone", "have none on several CPU processes", got, fix)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # in place, for a model that is no such layer itself
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def leave_out(model: nn.Module, part: str) -> None:

@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vqkernels.models import ImageAutoencoder
 from vqkernels.train.procedure import check_model
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh | None = None) -> None:
+def shard_model(model: ImageAutoencoder, mesh: DeviceMesh | None = None) -> None:
     """Shard all of a model but its quantizer by torch's `fully_shard`, in place; before its optimizer is made.
 
     Codes are written in place by upkeep and read by kernels, so every rank keeps the quantizer whole, plain and in its
