@@ -1,5 +1,6 @@
 """The training loop: thin, restartable, on Accelerate."""
 
+import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
