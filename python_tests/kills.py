@@ -57,7 +57,7 @@ def make_pictures(folder: Path) -> Path:
 
 def command(data: Path, out: Path, steps: int, **options: object) -> list[str]:
     """The words of a launch."""
-    words = [sys.executable, "-m", "vqkernels", "train", "--resume"]
+    words = [sys.executable, "-m", "vqkernels", "train", "--resume", "--no-report"]
     values = {**OPTIONS, "data": data, "out": out, "steps": steps, **options}
     return words + [
         word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))

@@ -148,7 +148,7 @@ def test_another_configuration_names_the_fields(tmp_path):
     text = refused(lambda: saved.require(dataclasses.replace(saved.config, steps=7, seed=5), tmp_path))
     assert "steps (1200, 7)" in text and "seed (0, 5)" in text and "width" not in text
     free = {"out": "elsewhere", "checkpoint_every": 1, "log_every": 2, "evaluate_every": 3}
-    free |= {"keep": 5, "tracker": "tensorboard"}
+    free |= {"keep": 5, "tracker": "tensorboard", "shard": True}
     assert set(free) == FREE_FIELDS
     saved.require(dataclasses.replace(saved.config, **free), tmp_path)
 

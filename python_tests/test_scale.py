@@ -315,6 +315,6 @@ def test_only_the_first_process_prints(monkeypatch, capsys, data, tmp_path):
 def test_a_precision_of_the_launcher_is_not_ignored(monkeypatch, data, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(
-        RunError, match=r"precision must be the launcher's 'bf16'; got 'no'. Pass --precision bf16"
+        RunError, match=r"precision must be the launcher's 'bf16'; got 'no'\. Pass --precision bf16"
     ):
         train(small(data, tmp_path / "run"))

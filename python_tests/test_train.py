@@ -105,7 +105,7 @@ def test_the_handlers_of_the_caller_come_back(make):
 
 
 def command(config):
-    words = [sys.executable, "-m", "vqkernels", "train", "--resume"]
+    words = [sys.executable, "-m", "vqkernels", "train", "--resume", "--no-report"]
     for name in ("data", "out", *SMALL):
         words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     return words

@@ -4,8 +4,6 @@ import os
 import sys
 from collections.abc import Mapping
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 # of a run that a signal stopped; a run that was asked to end has done so
 SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 0}
 
@@ -55,6 +53,8 @@ def refused(reason: str) -> int:
     if first_process():
         print(f"error: {reason}", file=sys.stderr)
     else:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
         # the others mostly find the same; torchrun shows this where they do not
         get_error_handler().record_exception(RuntimeError(reason))
     return 2

@@ -104,9 +104,7 @@ def default_of(words: Sequence[str]) -> TrainConfig:
     return PRESETS[found.preset].config(full=found.full)
 
 
-def run(
-    config: TrainConfig, *, resume: bool, resume_from: Path | None = None, report: bool = True
-) -> int:
+def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, report: bool = True) -> int:
     """Train, print a table and write a report.
 
     Args:

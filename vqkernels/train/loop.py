@@ -274,8 +274,8 @@ class _Run:
         if self.step % self.config.log_every:
             return False
         own = 0 if stop.name is None else signal.Signals[stop.name]
-        # a tensor comes back as a tensor
-        most = int(cast(Tensor, self.accelerator.gather(torch.tensor([own], device=self.device))).max())
+        found = cast(Tensor, self.accelerator.gather(torch.tensor([own], device=self.device)))
+        most = int(found.max())
         # the signal of one process stops them all, and is what each of them reports
         if most and stop.name is None:
             stop.name = signal.Signals(most).name

@@ -1,7 +1,7 @@
 """Several processes: how they find each other, and what keeps n of them on the path of one."""
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vqkernels.checks import refuse
-from vqkernels.models import ImageAutoencoder
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.procedure import mean_over_ranks
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_accelerator(config: TrainConfig, tracker: Any = None) -> Accelerator:
@@ -69,7 +70,7 @@ def make_accelerator(config: TrainConfig, tracker: Any = None) -> Accelerator:
     return accelerator
 
 
-def joint_statistics(model: ImageAutoencoder, accelerator: Accelerator) -> ImageAutoencoder:
+def joint_statistics(model: Model, accelerator: Accelerator) -> Model:
     """Let batch statistics be those of the joint batch.
 
     Args:
@@ -89,7 +90,7 @@ def joint_statistics(model: ImageAutoencoder, accelerator: Accelerator) -> Image
         got = f"batch statistics in {parts[0]} and {accelerator.num_processes} processes"
         fix = "Pass --backbone diveq or vqgan, or start one process"
         refuse(RunError, "train", "backbone", "have none on several CPU processes", got, fix)
-    # in place, for no model is a layer itself
+    # in place, for a model that is no such layer itself
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
