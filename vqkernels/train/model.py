@@ -92,18 +92,10 @@ def _upkeep(config: TrainConfig) -> list[Upkeep]:
     return upkeep
 
 
-def _diveq(config: TrainConfig, quantizer: Quantizer) -> VQVAE:
-    return VQVAE(
-        quantizer,
-        width=config.width,
-        latent_dim=config.latent_dim,
-        downsamplings=config.downsamplings,
-        residual_blocks=config.residual_blocks,
-    )
-
-
-def _takida(config: TrainConfig, quantizer: Quantizer) -> TakidaVAE:
-    return TakidaVAE(
+def _convolutional(
+    kind: type[VQVAE] | type[TakidaVAE],
+) -> Callable[[TrainConfig, Quantizer], ImageAutoencoder]:
+    return lambda config, quantizer: kind(
         quantizer,
         width=config.width,
         latent_dim=config.latent_dim,
@@ -124,7 +116,7 @@ def _vqgan(config: TrainConfig, quantizer: Quantizer) -> VQGAN:
 
 
 BACKBONES: dict[str, Callable[[TrainConfig, Quantizer], ImageAutoencoder]] = {
-    "diveq": _diveq,
-    "takida": _takida,
+    "diveq": _convolutional(VQVAE),
+    "takida": _convolutional(TakidaVAE),
     "vqgan": _vqgan,
 }

@@ -37,6 +37,27 @@ class Preset:
         return TrainConfig(**{**self.fields, **(self.full if full else self.scaled), **fields})
 
 
+# a VQGAN of Esser et al. for images of 256x256, and one that two cores train on photographs
+_GAN_FULL = {
+    "width": 128,
+    "multipliers": (1, 1, 2, 2, 4),
+    "downsamplings": 4,
+    "crop": 256,
+    "steps": 200_000,
+    "checkpoint_every": 1000,
+    "evaluate_every": 1000,
+}
+_GAN_SCALED = {
+    "width": 16,
+    "multipliers": (1, 2, 2),
+    "residual_blocks": 1,
+    "discriminator_width": 16,
+    "discriminator_layers": 2,
+    "batch_size": 16,
+    "lr": 5e-4,
+    "steps": 1500,
+}
+
 # MQ 4.1 and 5: an MLP from 32 to 256 to the features of a latent makes the codes
 _META = {
     "quantizer": "mq",
@@ -135,30 +156,8 @@ PRESETS: dict[str, Preset] = {
             "attention": True,
             "weights_ema": 0.999,
         },
-        full={
-            "num_codes": 1024,
-            "width": 128,
-            "multipliers": (1, 1, 2, 2, 4),
-            "latent_dim": 256,
-            "downsamplings": 4,
-            "crop": 256,
-            "batch_size": 8,
-            "lr": 2.5e-5,
-            "steps": 200_000,
-            "checkpoint_every": 1000,
-            "evaluate_every": 1000,
-        },
-        scaled={
-            "width": 16,
-            "multipliers": (1, 2, 2),
-            "residual_blocks": 1,
-            "discriminator_width": 16,
-            "discriminator_layers": 2,
-            "batch_size": 16,
-            "lr": 5e-4,
-            "steps": 1500,
-            "weights_ema": 0.99,
-        },
+        full={**_GAN_FULL, "num_codes": 1024, "latent_dim": 256, "batch_size": 8, "lr": 2.5e-5},
+        scaled={**_GAN_SCALED, "weights_ema": 0.99},
     ),
     "mqgan": Preset(
         "VQGAN with codes from MQ's hyper-net",
@@ -173,30 +172,8 @@ PRESETS: dict[str, Preset] = {
             "rise": 0.1,
             "betas": (0.5, 0.9),
         },
-        full={
-            "num_codes": 16384,
-            "width": 128,
-            "multipliers": (1, 1, 2, 2, 4),
-            "latent_dim": 32,
-            "downsamplings": 4,
-            "crop": 256,
-            "batch_size": 32,
-            "lr": 1e-4,
-            "steps": 200_000,
-            "checkpoint_every": 1000,
-            "evaluate_every": 1000,
-        },
-        scaled={
-            "width": 16,
-            "multipliers": (1, 2, 2),
-            "residual_blocks": 1,
-            "discriminator_width": 16,
-            "discriminator_layers": 2,
-            "batch_size": 16,
-            "lr": 5e-4,
-            "codes_rate": 10.0,
-            "steps": 1500,
-        },
+        full={**_GAN_FULL, "num_codes": 16384, "latent_dim": 32, "batch_size": 32, "lr": 1e-4},
+        scaled={**_GAN_SCALED, "codes_rate": 10.0},
     ),
 }
 
