@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vqkernels.checks import refuse
 from vqkernels.models.priors import GPTPrior, MaskGITPrior
 from vqkernels.models.token_prior import TokenPrior
+from vqkernels.train.badstep import all_finite
 from vqkernels.train.config import RunError
 from vqkernels.train.files import open_folder
 from vqkernels.train.log import Line, MetricsLog
@@ -299,8 +300,11 @@ class _Run:
 
     def require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            fix = "Start again with a lower --lr or --precision no"
-            refuse(RunError, "prior", "loss", "stay finite", f"{loss} at step {self.step}", fix)
+            self.refuse_not_finite("loss", f"{loss} at step {self.step}")
+
+    def refuse_not_finite(self, what: str, got: str) -> NoReturn:
+        fix = "Start again in another --out with a lower --lr or --precision no"
+        refuse(RunError, "prior", what, "stay finite", got, fix)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(tensor, reduction="sum"))
@@ -315,8 +319,10 @@ class _Run:
 
     def save(self, log: MetricsLog | None) -> None:
         sums = self.sum(self.sums).cpu()
-        # weights that a bad step has spoilt must not replace good ones
+        # weights that a bad step has spoilt must not replace good ones; its own loss may have been finite
         self.require_finite(float(sums.sum()))
+        if not bool(all_finite(self.prior.state_dict())):
+            self.refuse_not_finite("weights", f"others after step {self.step}")
         if log is None:
             return
         log.sync()

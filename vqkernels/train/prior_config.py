@@ -23,8 +23,8 @@ FREE_FIELDS = TOKEN_FIELDS | {"out", "checkpoint_every", "log_every", "evaluate_
 class PriorConfig:
     """Train a prior over the tokens of an autoencoder: every field is a flag, and the checkpoint stores them all."""
 
-    checkpoint: str = "runs/train/checkpoint.pt"
-    """Checkpoint of the autoencoder whose tokens are learned."""
+    checkpoint: str = "runs/train"
+    """Checkpoint of the autoencoder whose tokens are learned, or the folder of its run for the newest."""
 
     data: str | None = None
     """Other images than those of the autoencoder."""
