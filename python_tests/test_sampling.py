@@ -78,7 +78,9 @@ def test_another_autoencoder_is_refused(train, folder, tmp_path):
         sample_grid(prior, tmp_path / "a.png", SampleOptions(), checkpoint=other)
 
 
-def test_the_folder_of_a_run_is_its_newest_checkpoint_and_images_may_be_gone(train, checkpoint, tmp_path, monkeypatch):
+def test_the_folder_of_a_run_is_its_newest_checkpoint_and_images_may_be_gone(
+    train, checkpoint, tmp_path, monkeypatch
+):
     prior = train()
     monkeypatch.setattr("vqkernels.train.restore.load_images", lambda config: pytest.fail("images were read"))
     run = checkpoint.parent.parent

@@ -191,7 +191,7 @@ def test_weights_that_a_step_has_spoilt_are_not_saved(make, monkeypatch, every):
             next(run.prior.parameters()).data.view(-1)[0] = float("nan")
 
     monkeypatch.setattr(prior_module._Run, "train_step", spoils)
-    with pytest.raises(RunError, match="prior: (weights|loss) must stay finite"):
+    with pytest.raises(RunError, match=r"prior: (weights|loss) must stay finite"):
         train_prior(config)
     assert config.checkpoint_path().exists() == (every == 1)
     if every == 1:

@@ -113,7 +113,7 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, r
         resume_from: which one; None for the newest.
         report: whether to write report.md and its pictures.
     """
-    from vqkernels.train.evaluate import evaluate, modes_of
+    from vqkernels.train.evaluate import MOST_IMAGES, evaluate, modes_of
     from vqkernels.train.latents import study_latents
     from vqkernels.train.log import read_lines
     from vqkernels.train.loop import train
@@ -133,9 +133,14 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, r
     shares = [line.get("quantizer_share") for line in lines]
     known = [float(share) for share in shares if share is not None]
     model, images = result.model, result.images
-    found = [evaluate(model, images, mode=mode, crops=CROPS if report else 0) for mode in modes_of(model)]
+    found = [
+        evaluate(model, images, mode=mode, crops=CROPS if report else 0, limit=MOST_IMAGES)
+        for mode in modes_of(model)
+    ]
     share = sum(known) / len(known) if known else None
     print(format_table([(config.quantizer, one, share) for one in found]))
+    if found[0].images < len(images.held_out):
+        print(f"on {found[0].images} of {len(images.held_out)} held-out images; `evaluate` takes all of them")
     print(f"checkpoint and log: {config.out}")
     if report:
         path, study = Path(config.out) / "report.md", study_latents(model, images, crops=CROPS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from vqkernels.train.compare import CellState, Grid
+from vqkernels.train.evaluate import MOST_IMAGES
 
 COLUMNS: dict[str, str] = {
     "psnr": "PSNR of crops (dB)",
@@ -217,7 +218,7 @@ def _heading(grid: Grid) -> list[str]:
 def _notes(grid: Grid, entries: Sequence[Entry]) -> list[str]:
     notes = [
         "PSNR of crops is of the mean squared error over 512 held-out crops together, PSNR of images the mean over "
-        "whole held-out images, as are SSIM, perplexity, codes in use and the distortion of latents, in their squared "
+        f"whole held-out images, evenly spaced ones of more than {MOST_IMAGES}, as are SSIM, perplexity, codes in use and the distortion of latents, in their squared "
         "units per bit of entropy. All measure codewords. ± is the standard deviation over seeds. "
         "Step times are medians of a run, of cells that shared a machine.",
         "",
