@@ -24,7 +24,7 @@ from vqkernels.train.latent_plots import embedding_figure, error_figure, use_fig
 from vqkernels.train.latents import Embedding, study_latents
 from vqkernels.train.loop import train
 from vqkernels.train.pages import Illustration, Report, Table, to_html, to_markdown, write_report
-from vqkernels.train.plots import png
+from vqkernels.train.plots import Row, png, reconstruction_figure
 from vqkernels.train.report import make_report
 
 pytest.importorskip("sklearn")
@@ -282,3 +282,16 @@ def test_markdown_without_pictures_makes_no_folder(tmp_path):
     write_report(tmp_path / "run.md", a_report(illustrations=[]))
     assert [one.name for one in tmp_path.iterdir()] == ["run.md"]
     assert to_markdown(a_report(illustrations=[]), "none").count("![") == 0
+
+
+def test_names_with_dollar_signs_and_without_end_are_titles():
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    names = ["cost $_$.png", "a/" * 40 + "$^$.png"]
+    originals = dict.fromkeys(names, pixels)
+    for figure in (
+        reconstruction_figure(originals, [Row("ste", [pixels] * 2, ["", ""])]),
+        error_figure(originals, [pixels] * 2),
+    ):
+        assert png(figure)
+        titles = [axes.get_title() for axes in figure.axes[:2]]
+        assert titles[0].startswith(names[0]) and "$^$.png" in titles[1] and len(titles[1]) < 50

@@ -1,6 +1,5 @@
 """The command `train`."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from vqkernels.cli.console import stopped, tell
+from vqkernels.cli.recipes import named
 from vqkernels.train.config import TrainConfig
 from vqkernels.train.options import GROUPS
 from vqkernels.train.presets import PRESETS, PresetName
@@ -93,15 +93,8 @@ def default_of(words: Sequence[str]) -> TrainConfig:
     Args:
         words: after `train`.
     """
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    reader.add_argument("--preset", default="small", choices=tuple(PRESETS))
-    reader.add_argument("--full", action="store_true")
-    try:
-        found, _ = reader.parse_known_args(list(words))
-    except argparse.ArgumentError:
-        # the command's own reader words it
-        return PRESETS["small"].config()
-    return PRESETS[found.preset].config(full=found.full)
+    preset, full = named(words, PRESETS)
+    return PRESETS[preset].config(full=full)
 
 
 def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, report: bool = True) -> int:

@@ -27,7 +27,6 @@ from vqkernels.train.held_out import (
 )
 from vqkernels.train.held_out import modes_of as modes_of
 
-
 # beyond it a run does not measure more whole images by itself: of a stream there may be a hundred thousand
 MOST_IMAGES = 1000
 

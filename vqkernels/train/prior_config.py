@@ -13,6 +13,7 @@ from vqkernels.train.config import RunError
 
 PriorName = Literal["gpt", "maskgit"]
 Precision = Literal["no", "fp16", "bf16"]
+PresetName = Literal["small", "gpt-diveq", "gpt-diveq-afhq", "maskgit-slim"]
 
 # what tokens a run is of is compared by their key, whatever the paths are
 TOKEN_FIELDS = frozenset({"checkpoint", "data", "crop", "stride", "cache"})
@@ -235,7 +236,7 @@ class PriorConfig:
 
 # table 4 and appendix A.2 of DiVeQ, whose warm-up is 10000 steps; the slim MaskGIT of MQ with the optimizer of
 # Chang et al. 2022, A.2
-PRESETS: Mapping[str, PriorConfig] = {
+PRESETS: Mapping[PresetName, PriorConfig] = {
     "small": PriorConfig(),
     "gpt-diveq": PriorConfig(
         layers=28, heads=16, width=1024, batch_size=32, lr=4.5e-5, steps=500_000, rise=0.02
