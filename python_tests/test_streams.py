@@ -216,7 +216,7 @@ def test_shards_are_held_out_by_tens(tmp_path):
 
 
 def test_shards_of_one_name_give_their_samples_different_names(tmp_path):
-    for folder in ("a", "b"):
+    for folder in ("a", "b", "c"):
         write_shards(tmp_path / folder)
     names = [one.name for one in load_images(config(f"{tmp_path}/*/*.tar")).walk("train", 16)]
     assert len(set(names)) == len(names)

@@ -62,6 +62,7 @@ class Entry:
         of: all cells.
         errors: of those that failed, each once.
         settings: what the contender changes.
+        versions: of the package that trained and measured the finished cells.
     """
 
     method: str
@@ -74,6 +75,7 @@ class Entry:
     of: int
     errors: Sequence[str]
     settings: str
+    versions: frozenset[str]
 
 
 def summarise(states: Sequence[CellState]) -> list[Entry]:
@@ -164,6 +166,7 @@ def _entry(group: Sequence[CellState], base: float | None) -> Entry:
         of=len(group),
         errors=errors,
         settings=cell.settings,
+        versions=frozenset(state.result.version for state in group if state.result is not None),
     )
 
 
@@ -228,6 +231,10 @@ def _notes(grid: Grid, entries: Sequence[Entry]) -> list[str]:
     swept = {(e.label, e.variant): e.settings for e in entries}
     for (label, variant), settings in swept.items():
         notes.append(f"- {label}{f', {variant}' if variant else ''}: {settings}")
+    versions = sorted(frozenset[str]().union(*(e.versions for e in entries)))
+    if len(versions) > 1:
+        fix = "cells of an older one are trained again once their folders are removed"
+        notes += ["", f"Measured by vqkernels {', '.join(versions)}; {fix}."]
     failed = [e for e in entries if e.errors]
     if failed:
         notes += ["", "Failed, to be tried again by the same command:", ""]

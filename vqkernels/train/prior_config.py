@@ -236,7 +236,7 @@ class PriorConfig:
 
 # table 4 and appendix A.2 of DiVeQ, whose warm-up is 10000 steps; the slim MaskGIT of MQ with the optimizer of
 # Chang et al. 2022, A.2
-PRESETS: Mapping[PresetName, PriorConfig] = {
+PRESETS: Mapping[str, PriorConfig] = {
     "small": PriorConfig(),
     "gpt-diveq": PriorConfig(
         layers=28, heads=16, width=1024, batch_size=32, lr=4.5e-5, steps=500_000, rise=0.02
