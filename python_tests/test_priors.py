@@ -178,3 +178,14 @@ def test_a_recipe_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["prior", "--preset", "vqgan"])
     assert caught.value.code == 2 and "maskgit-slim" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tokens", "prior", "sample", "compare", "evaluate"])
+def test_several_processes_are_refused(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main([command]) == 2
+    assert (
+        f"{command}: launcher must start one process; got 2. Use torchrun for train"
+        in capsys.readouterr().err
+    )
