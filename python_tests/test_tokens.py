@@ -196,3 +196,32 @@ def test_weights_that_a_step_has_spoilt_are_not_saved(make, monkeypatch, every):
     assert config.checkpoint_path().exists() == (every == 1)
     if every == 1:
         assert load_prior(config.checkpoint_path()).step == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_the_checkpoint_before_a_damaged_one_is_offered_and_goes_on_bit_for_bit(make, damage):
+    config = make("run")
+    train_prior(config)
+    path = config.checkpoint_path()
+    whole, content = load_prior(path).prior.state_dict(), path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        half = len(content) // 2
+        path.write_bytes(
+            content[:half] + (b"" if damage == "truncated" else b"?" * 64 + content[half + 64 :])
+        )
+    with pytest.raises(RunError, match=r"previous\.pt to prior\.pt to go on from step 6\.$"):
+        train_prior(config, resume=True)
+    path.with_name("prior.previous.pt").replace(path)
+    assert train_prior(config, resume=True).started_at == 6
+    again = load_prior(path).prior.state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_is_refused_where_the_one_before_it_is_damaged_too(make):
+    config = make("run")
+    train_prior(config)
+    for path in config.checkpoint_path().parent.glob("*.pt"):
+        path.write_bytes(b"no checkpoint")
+    with pytest.raises(RunError, match=r"Pass the prior\.pt of a run"):
+        train_prior(config, resume=True)

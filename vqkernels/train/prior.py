@@ -22,7 +22,15 @@ from vqkernels.train.config import RunError
 from vqkernels.train.files import open_folder
 from vqkernels.train.log import Line, MetricsLog
 from vqkernels.train.prior_config import PriorConfig
-from vqkernels.train.prior_state import fill, load_state, restore_rng, rng_state, save_state, seed_of
+from vqkernels.train.prior_state import (
+    fill,
+    load_state,
+    previous_of,
+    restore_rng,
+    rng_state,
+    save_state,
+    seed_of,
+)
 from vqkernels.train.signals import StopSignals
 from vqkernels.train.tokens import TokenSet, open_tokens
 
@@ -100,7 +108,7 @@ def train_prior(
     on_line: Callable[[Line], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> PriorResult:
-    """Train a prior and leave prior.pt and metrics.jsonl in `config.out`.
+    """Train a prior and leave prior.pt, the checkpoint before it and metrics.jsonl in `config.out`.
 
     A run that was interrupted or killed and is resumed ends with the weights of an uninterrupted one, bit for
     bit on a CPU with the same number of threads. SIGINT and SIGTERM end the run after the current step, with a
@@ -121,7 +129,8 @@ def train_prior(
     """
     path = config.checkpoint_path()
     open_folder(path.parent)
-    saved = load_state(path) if path.exists() else None
+    # the checkpoint may be lost and the one before it still there
+    saved = load_state(path) if path.exists() or previous_of(path).exists() else None
     if saved is not None and not resume:
         got = f"{path.parent} with a checkpoint at step {saved['step']}"
         refuse(RunError, "prior", "out", "hold no earlier run", got, "Pass --resume, or another --out")

@@ -101,7 +101,7 @@ class PriorConfig:
     """Seed of the weights, the batches and the noise."""
 
     out: str = "runs/prior"
-    """Folder for prior.pt and metrics.jsonl."""
+    """Folder for prior.pt, prior.previous.pt and metrics.jsonl."""
 
     checkpoint_every: int = 100
     """Steps between checkpoints."""
