@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,14 @@ class TestGrid:
         assert grid(more).cells(tmp_path)[0].folder != first.folder
         # where checkpoints are made changes no weight
         assert grid(rarely).cells(tmp_path)[0].folder == first.folder
+
+    def test_other_pictures_are_other_cells(self, small, tmp_path):
+        pictures = tmp_path / "pictures"
+        shutil.copytree(small.data, pictures)
+        base = dataclasses.replace(small, data=str(pictures))
+        before = grid(base).cells(tmp_path)
+        Image.new("RGB", (26, 22)).save(pictures / "0.png")
+        assert not {c.folder for c in grid(base).cells(tmp_path)} & {c.folder for c in before}
 
     def test_ablations_vary_their_field_alone(self, small, tmp_path):
         cells = grid(small, methods=("diveq",), ablation="sigma").cells(tmp_path)
@@ -317,6 +326,14 @@ class TestReport:
         lines = [line for line in text.splitlines() if line.startswith("| 8 |")]
         assert "SF-DiVeQ | 23.00 ± 2.83" in lines[0] and "STE | 22.00 ± 2.83" in lines[1]
         assert "- STE: quantizer ste, upkeep replacement" in text
+
+    def test_measurements_of_several_versions_are_told(self, small, states):
+        plan = grid(small, num_codes=(8, 16), seeds=(0, 1))
+        assert "vqkernels 0" not in markdown(plan, summarise(states))
+        states[0] = dataclasses.replace(
+            states[0], result=dataclasses.replace(states[0].result, version="0.1")
+        )
+        assert "Measured by vqkernels 0, 0.1" in markdown(plan, summarise(states))
 
     def test_failures_stand_in_the_table(self, small, states):
         states[0] = CellState(states[0].cell, error="exit code 2: no disk")

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vqkernels.train import data as data_module
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import load_images
-from vqkernels.train.pictures import PHOTOS_HELD_OUT, PHOTOS_TRAIN
+from vqkernels.train.held_out import crop_batches
+from vqkernels.train.pictures import PHOTOS_HELD_OUT, PHOTOS_TRAIN, Picture
 
 
 def write_images(folder, count=12, size=(24, 20)):
@@ -182,6 +184,20 @@ def test_an_epoch_shows_the_pixels_there_are(tmp_path):
     # 11 pictures of 24x20 pixels in batches of 6 crops of 16x16
     assert images.epoch_steps == 4
     assert load_images(config(tmp_path / "images", batch_size=1000)).epoch_steps == 1
+
+
+def test_measurements_decode_the_pictures_they_need(tmp_path, monkeypatch):
+    write_images(tmp_path, count=120)
+    monkeypatch.setattr(data_module, "KEEP_BYTES", 0)
+    images = load_images(config(tmp_path))
+    names = [picture.name for picture in images.held_out]
+    assert [one.name for one in images.spread(3).validation()] == [names[0], names[4], names[8]]
+    assert images.spread(12) is images and images.spread(99) is images
+    assert images.spread(3).training is images.training
+    read, opened = [], Picture.read
+    monkeypatch.setattr(Picture, "read", lambda picture: read.append(picture.name) or opened(picture))
+    assert len(torch.cat(list(crop_batches(images, 3, side=16)))) == 3
+    assert len(read) <= 3
 
 
 def test_a_walk_takes_the_middle_or_the_whole(tmp_path):

@@ -28,7 +28,9 @@ from vqkernels.train.data import ImageSet, Picture
 from vqkernels.train.evaluate import evaluate, modes_of, reconstruct
 from vqkernels.train.fidelity import FeatureNet, fid
 from vqkernels.train.held_out import crop_batches, index_sizes
-from vqkernels.train.latents import embed, measure_gradient_gap, study_latents
+from vqkernels.train.latent_plots import embedding_figure
+from vqkernels.train.latents import LatentStudy, embed, measure_gradient_gap, study_latents
+from vqkernels.train.plots import png
 
 D, K = 4, 8
 
@@ -274,3 +276,21 @@ def test_a_quantizer_that_warms_up_is_refused(images):
     with pytest.raises(RuntimeError, match="be initialized to evaluate"):
         evaluate(model, images)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("points", "codes", "dim"), [(1, None, 3), (1, 1, 3), (2, 2, 1), (40, 4, 1), (6, 3, 2)]
+)
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_few_or_collapsed_latents_have_a_layout_too(points, codes, dim, collapsed):
+    rng = np.random.default_rng(0)
+    scale = 0.0 if collapsed else 1.0
+    latents, table = (
+        None if count is None else torch.from_numpy((0.3 + scale * rng.normal(size=(count, dim))).astype("f"))
+        for count in (points, codes)
+    )
+    counts = (torch.ones(codes or 1, dtype=torch.int64),)
+    found = embed(LatentStudy(latents, table, counts, None, None, points))
+    assert found.latents.shape == (points, 2) and np.isfinite(found.latents).all()
+    assert found.codes is None if codes is None else found.codes.shape == (codes, 2)
+    assert png(embedding_figure(found))

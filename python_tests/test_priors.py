@@ -1,12 +1,14 @@
 """Priors over tokens: what they see, how they draw, and schedules."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from vqkernels.__main__ import main
 from vqkernels.models.priors import GPTPrior, MaskGITPrior
 from vqkernels.models.token_prior import draw_tokens
 from vqkernels.train.config import RunError
@@ -162,3 +164,28 @@ def test_a_run_that_cannot_be_is_refused(field, value):
 def test_sampling_refuses_what_it_cannot_do(arguments):
     with pytest.raises(ValueError, match=" must "):
         make(GPTPrior).sample(1, **arguments)
+
+
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_a_recipe_gives_the_command_its_defaults(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vqkernels.cli.prior.run", lambda config, resume: asked.append((config, resume)) or 0)
+    assert main(["prior", *(["--preset", name] if name else []), "--lr", "0.5", "--resume"]) == 0
+    assert asked == [(replace(PRESETS[name or "small"], lr=0.5), True)]
+
+
+def test_a_recipe_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["prior", "--preset", "vqgan"])
+    assert caught.value.code == 2 and "maskgit-slim" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tokens", "prior", "sample", "compare", "evaluate"])
+def test_several_processes_are_refused(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main([command]) == 2
+    assert (
+        f"{command}: launcher must start one process; got 2. Use torchrun for train"
+        in capsys.readouterr().err
+    )

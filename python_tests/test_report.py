@@ -3,11 +3,10 @@
 import base64
 import os
 import re
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from html.parser import HTMLParser
 from io import BytesIO
-from types import ModuleType
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from vqkernels.train.latent_plots import embedding_figure, error_figure, use_fig
 from vqkernels.train.latents import Embedding, study_latents
 from vqkernels.train.loop import train
 from vqkernels.train.pages import Illustration, Report, Table, to_html, to_markdown, write_report
-from vqkernels.train.plots import png
+from vqkernels.train.plots import Row, png, reconstruction_figure
 from vqkernels.train.report import make_report
 
 pytest.importorskip("sklearn")
@@ -173,7 +172,7 @@ def test_groups_of_options_hold_every_field(images):
     tables = {table.title: list(table.rows) for table in _configuration(More())}
     assert tables["What is first"][0] == ("first", "1")
     told = [name for table in _configuration(TrainConfig()) for name, _ in table.rows]
-    assert sorted(told) == sorted(TrainConfig.__dataclass_fields__)
+    assert sorted(told) == sorted(each.name for each in fields(TrainConfig))
 
 
 def test_pictures_of_codes_say_how_many_are_dead():
@@ -212,7 +211,7 @@ class Distance(nn.Module):
 
     @classmethod
     def from_files(cls, vgg_path, linear_path=None):
-        assert (vgg_path.name, linear_path.name) == ("vgg.pt", "linear.pt")
+        assert (Path(vgg_path).name, Path(linear_path).name) == ("vgg.pt", "linear.pt")
         return cls()
 
     def forward(self, a, b):
@@ -241,9 +240,7 @@ def test_the_command_measures_and_reports(tmp_path, capsys, monkeypatch):
         warmup=0.3,
     )
     train(config)
-    stand_in = ModuleType("vqkernels.models.lpips")
-    stand_in.LPIPS = Distance
-    monkeypatch.setitem(sys.modules, "vqkernels.models.lpips", stand_in)
+    monkeypatch.setattr("vqkernels.train.losses.LPIPS", Distance)
 
     class Means(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -285,3 +282,16 @@ def test_markdown_without_pictures_makes_no_folder(tmp_path):
     write_report(tmp_path / "run.md", a_report(illustrations=[]))
     assert [one.name for one in tmp_path.iterdir()] == ["run.md"]
     assert to_markdown(a_report(illustrations=[]), "none").count("![") == 0
+
+
+def test_names_with_dollar_signs_and_without_end_are_titles():
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    names = ["cost $_$.png", "a/" * 40 + "$^$.png"]
+    originals = dict.fromkeys(names, pixels)
+    for figure in (
+        reconstruction_figure(originals, [Row("ste", [pixels] * 2, ["", ""])]),
+        error_figure(originals, [pixels] * 2),
+    ):
+        assert png(figure)
+        titles = [axes.get_title() for axes in figure.axes[:2]]
+        assert titles[0].startswith(names[0]) and "$^$.png" in titles[1] and len(titles[1]) < 50

@@ -78,6 +78,15 @@ def test_another_autoencoder_is_refused(train, folder, tmp_path):
         sample_grid(prior, tmp_path / "a.png", SampleOptions(), checkpoint=other)
 
 
+def test_the_folder_of_a_run_is_its_newest_checkpoint_and_images_may_be_gone(
+    train, checkpoint, tmp_path, monkeypatch
+):
+    prior = train()
+    monkeypatch.setattr("vqkernels.train.restore.load_images", lambda config: pytest.fail("images were read"))
+    run = checkpoint.parent.parent
+    assert sample_grid(prior, tmp_path / "a.png", SampleOptions(count=1), checkpoint=run) == (1, 1)
+
+
 def test_tiles_are_in_reading_order():
     images = [np.full((2, 3, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
     grid = tile(images, 2)

@@ -215,6 +215,13 @@ def test_shards_are_held_out_by_tens(tmp_path):
     assert [p.name for p in many.only(1).held_out] == [many.held_out[1].name]
 
 
+def test_shards_of_one_name_give_their_samples_different_names(tmp_path):
+    for folder in ("a", "b", "c"):
+        write_shards(tmp_path / folder)
+    names = [one.name for one in load_images(config(f"{tmp_path}/*/*.tar")).walk("train", 16)]
+    assert len(set(names)) == len(names)
+
+
 def test_patterns_name_shards(tmp_path):
     folder = write_shards(tmp_path / "shards", shards=4)
     for pattern in ("{000..003}.tar", "*.tar", "00{0,1,2,3}.tar", "{000..002}.tar::{}/003.tar"):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("transformers")
 
@@ -15,6 +16,7 @@ from vqkernels.train.log import read_lines
 from vqkernels.train.prior import load_prior, train_prior
 from vqkernels.train.prior_config import PriorConfig
 from vqkernels.train.restore import load_run
+from vqkernels.train.token_key import data_identity
 from vqkernels.train.tokens import encode, open_tokens
 
 
@@ -75,6 +77,32 @@ def test_the_key_follows_checkpoint_data_and_crop(checkpoint, folder, tmp_path):
     keys = {open_tokens(path, tmp_path).key for path in (checkpoint, other)}
     keys |= {open_tokens(checkpoint, tmp_path, crop=8).key, open_tokens(checkpoint, tmp_path, stride=4).key}
     assert len(keys) == 4
+
+
+def test_the_identity_of_data_follows_shards_and_splits(tmp_path, monkeypatch):
+    # braces and wildcards are webdataset's
+    pytest.importorskip("webdataset")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.bin").write_bytes(b"0")
+    shards = [tmp_path / f"{number}.tar" for number in range(2)]
+    for shard in shards:
+        shard.write_bytes(b"0")
+    patterns = ("*.tar", "{0..1}.tar", "0.tar")
+    before = [data_identity(pattern) for pattern in patterns]
+    (tmp_path / "other.bin").write_bytes(b"01")
+    assert [data_identity(pattern) for pattern in patterns] == before
+    shards[0].write_bytes(b"01")
+    assert not set(before) & {data_identity(pattern) for pattern in patterns}
+    assert data_identity(f"hf:{tmp_path}") == data_identity("hf:.")
+    assert data_identity(f"hf:{tmp_path}:train") != data_identity(f"hf:{tmp_path}:test")
+
+
+def test_pictures_below_the_crop_of_the_run_are_encoded_in_smaller_ones(checkpoint, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(2):
+        Image.new("RGB", (12, 12), (number, 0, 0)).save(small / f"{number}.png")
+    assert open_tokens(checkpoint, tmp_path / "tokens", data=str(small), crop=8).grid == (2, 2, 1)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "manifest.json", "held_out_labels.bin"])
@@ -148,4 +176,52 @@ def test_other_settings_or_a_damaged_file_are_not_resumed(make):
     path = config.checkpoint_path()
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RunError, match="whole checkpoint"):
+        train_prior(config, resume=True)
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_weights_that_a_step_has_spoilt_are_not_saved(make, monkeypatch, every):
+    config = make("run", checkpoint_every=every, steps=8)
+    step = prior_module._Run.train_step
+
+    def spoils(run):
+        step(run)
+        if run.step == 2:
+            # the loss of this step is finite
+            next(run.prior.parameters()).data.view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(prior_module._Run, "train_step", spoils)
+    with pytest.raises(RunError, match=r"prior: (weights|loss) must stay finite"):
+        train_prior(config)
+    assert config.checkpoint_path().exists() == (every == 1)
+    if every == 1:
+        assert load_prior(config.checkpoint_path()).step == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_the_checkpoint_before_a_damaged_one_is_offered_and_goes_on_bit_for_bit(make, damage):
+    config = make("run")
+    train_prior(config)
+    path = config.checkpoint_path()
+    whole, content = load_prior(path).prior.state_dict(), path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        half = len(content) // 2
+        path.write_bytes(
+            content[:half] + (b"" if damage == "truncated" else b"?" * 64 + content[half + 64 :])
+        )
+    with pytest.raises(RunError, match=r"previous\.pt to prior\.pt to go on from step 6\.$"):
+        train_prior(config, resume=True)
+    path.with_name("prior.previous.pt").replace(path)
+    assert train_prior(config, resume=True).started_at == 6
+    again = load_prior(path).prior.state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_is_refused_where_the_one_before_it_is_damaged_too(make):
+    config = make("run")
+    train_prior(config)
+    for path in config.checkpoint_path().parent.glob("*.pt"):
+        path.write_bytes(b"no checkpoint")
+    with pytest.raises(RunError, match=r"Pass the prior\.pt of a run"):
         train_prior(config, resume=True)

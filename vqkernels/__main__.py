@@ -52,20 +52,20 @@ def commands(words: Sequence[str]) -> dict[str, Callable[..., int]]:
     """Return every command by its name.
 
     Args:
-        words: of the command line; the recipe that they name sets the defaults of `train`.
+        words: of the command line; the recipe that they name sets the defaults of `train` and `prior`.
     """
     from vqkernels.cli import train
     from vqkernels.cli.compare import compare
     from vqkernels.cli.demo import demo
     from vqkernels.cli.evaluate import evaluate
-    from vqkernels.cli.prior import prior, sample, tokens
+    from vqkernels.cli.prior import prior_command, sample, tokens
 
     return {
         "train": train.command(train.default_of(words[1:])),
         "evaluate": evaluate,
         "compare": compare,
         "tokens": tokens,
-        "prior": prior,
+        "prior": prior_command(words[1:]),
         "sample": sample,
         "demo": demo,
         "info": info,

@@ -33,7 +33,7 @@ def info() -> int:
             for backend, reason in op.explain_for(torch.device(device)).items():
                 print(f"    {backend:<10} {'ready' if reason is None else reason}")
     missing = missing_packages()
-    print(f"train, evaluate, demo: {'ready' if not missing else how_to_install(missing)}")
+    print(f"all other commands: {'ready' if not missing else how_to_install(missing)}")
     return 0
 
 

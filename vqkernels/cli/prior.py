@@ -1,13 +1,15 @@
 """The commands `tokens`, `prior` and `sample`."""
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from vqkernels.cli.console import stopped, tell
-from vqkernels.train.prior_config import PriorConfig
+from vqkernels.cli.recipes import named
+from vqkernels.train.prior_config import PRESETS, PresetName, PriorConfig
 
 
 def tokens(
@@ -39,12 +41,37 @@ def tokens(
     return 0
 
 
-def prior(config: Annotated[PriorConfig, tyro.conf.arg(name="")], resume: bool = False) -> int:
-    """Train a prior over the tokens of an autoencoder; leaves prior.pt and a log in --out.
+def prior_command(words: Sequence[str]) -> Callable[..., int]:
+    """Return the command `prior` with the options of a recipe as its defaults.
 
     Args:
-        config: Options.
-        resume: Go on from the checkpoint in --out, or start where there is none.
+        words: of the command line after `prior`, which may name the recipe.
+    """
+    start = PRESETS[named(words, PRESETS)[0]]
+
+    def prior(
+        config: Annotated[PriorConfig, tyro.conf.arg(name="")] = start,
+        preset: PresetName = "small",
+        resume: bool = False,
+    ) -> int:
+        """Train a prior over the tokens of an autoencoder; leaves prior.pt and a log in --out.
+
+        Args:
+            config: Options.
+            preset: Recipe of a paper whose options are the defaults here; --help after it shows them.
+            resume: Go on from the checkpoint in --out, or start where there is none.
+        """
+        return run(config, resume=resume)
+
+    return prior
+
+
+def run(config: PriorConfig, *, resume: bool) -> int:
+    """Train a prior and say where it is.
+
+    Args:
+        config: of the run.
+        resume: whether to go on from a checkpoint.
     """
     from vqkernels.train.prior import train_prior
 

@@ -1,6 +1,5 @@
 """The command `train`."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from vqkernels.cli.console import stopped, tell
+from vqkernels.cli.recipes import named
 from vqkernels.train.config import TrainConfig
 from vqkernels.train.options import GROUPS
 from vqkernels.train.presets import PRESETS, PresetName
@@ -93,15 +93,8 @@ def default_of(words: Sequence[str]) -> TrainConfig:
     Args:
         words: after `train`.
     """
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    reader.add_argument("--preset", default="small", choices=tuple(PRESETS))
-    reader.add_argument("--full", action="store_true")
-    try:
-        found, _ = reader.parse_known_args(list(words))
-    except argparse.ArgumentError:
-        # the command's own reader words it
-        return PRESETS["small"].config()
-    return PRESETS[found.preset].config(full=found.full)
+    preset, full = named(words, PRESETS)
+    return PRESETS[preset].config(full=full)
 
 
 def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, report: bool = True) -> int:
@@ -113,7 +106,7 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, r
         resume_from: which one; None for the newest.
         report: whether to write report.md and its pictures.
     """
-    from vqkernels.train.evaluate import evaluate, modes_of
+    from vqkernels.train.evaluate import MOST_IMAGES, evaluate, modes_of
     from vqkernels.train.latents import study_latents
     from vqkernels.train.log import read_lines
     from vqkernels.train.loop import train
@@ -133,9 +126,14 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, r
     shares = [line.get("quantizer_share") for line in lines]
     known = [float(share) for share in shares if share is not None]
     model, images = result.model, result.images
-    found = [evaluate(model, images, mode=mode, crops=CROPS if report else 0) for mode in modes_of(model)]
+    found = [
+        evaluate(model, images, mode=mode, crops=CROPS if report else 0, limit=MOST_IMAGES)
+        for mode in modes_of(model)
+    ]
     share = sum(known) / len(known) if known else None
     print(format_table([(config.quantizer, one, share) for one in found]))
+    if found[0].images < len(images.held_out):
+        print(f"on {found[0].images} of {len(images.held_out)} held-out images; `evaluate` takes all of them")
     print(f"checkpoint and log: {config.out}")
     if report:
         path, study = Path(config.out) / "report.md", study_latents(model, images, crops=CROPS)

@@ -21,6 +21,7 @@ from vqkernels.train.compare_cell import CONFIG, ERRORS, STOPPED, Result, read_r
 from vqkernels.train.config import FREE_FIELDS, RunError, TrainConfig
 from vqkernels.train.contenders import ABLATIONS, Ablation, Variant, contender, with_settings
 from vqkernels.train.files import open_folder, replace_file
+from vqkernels.train.token_key import data_identity
 
 # between two looks at the processes, in seconds
 PAUSE = 0.2
@@ -105,17 +106,19 @@ class Grid:
             out: folder of the comparison.
 
         Returns:
-            The cells, each with a folder of its own that the settings alone determine.
+            The cells, each with a folder of its own that the settings and the pictures alone determine.
 
         Raises:
             RunError: a method is unknown, or its settings do not fit together.
         """
         found: list[Cell] = []
+        # photos come with a package; other pictures may be changed between two calls
+        data = None if self.base.data == "photos" else data_identity(self.base.data)
         for seed in self.seeds:
             for num_codes in self.num_codes:
                 for variant in self.variants:
                     base = replace(self.base, seed=seed)
-                    found += [_cell(out, base, name, variant, num_codes) for name in self.methods]
+                    found += [_cell(out, base, name, variant, num_codes, data) for name in self.methods]
         return found
 
 
@@ -206,11 +209,15 @@ def run_cells(
         return Outcome(list(states.values()), stop.name)
 
 
-def _cell(out: Path, base: TrainConfig, name: str, variant: Variant, num_codes: int) -> Cell:
+def _cell(
+    out: Path, base: TrainConfig, name: str, variant: Variant, num_codes: int, data: str | None
+) -> Cell:
     who = contender(name)
     overrides = {**who.overrides, **variant.overrides}
     config = with_settings(base, {**overrides, "num_codes": num_codes})
     values = {k: v for k, v in json.loads(config.to_json()).items() if k not in FREE_FIELDS}
+    if data is not None:
+        values["data"] = data
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     folder = f"{name.replace(':', '-')}-k{num_codes}-seed{config.seed}-{digest}"
     words = [f"{key} {value}" for key, value in overrides.items()]

@@ -1,6 +1,5 @@
 """One cell of a comparison, in a process of its own: an ordinary run, then its measurements in result.json."""
 
-import fcntl
 import json
 import math
 import os
@@ -19,8 +18,9 @@ import vqkernels
 from vqkernels.models.autoencoder import ImageAutoencoder
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet
-from vqkernels.train.evaluate import evaluate, evaluating
+from vqkernels.train.evaluate import MOST_IMAGES, evaluate, evaluating
 from vqkernels.train.files import open_folder, replace_file
+from vqkernels.train.lock import locked
 from vqkernels.train.log import read_lines
 from vqkernels.train.loop import train
 
@@ -108,9 +108,8 @@ def run_cell(folder: Path, threads: int) -> int:
     """
     torch.set_num_threads(threads)
     config = TrainConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-    with (folder / LOCK).open("w") as lock:
-        # a cell that an earlier comparison left behind may still be writing its checkpoint
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # a cell that an earlier comparison left behind may still be writing its checkpoint
+    with locked(folder / LOCK):
         if read_result(folder, config) is not None:
             return 0
         done = train(config, resume=True)
@@ -131,7 +130,7 @@ def measure(model: ImageAutoencoder, images: ImageSet, config: TrainConfig) -> M
     Returns:
         The measurements that `Result` lists.
     """
-    whole = evaluate(model, images)
+    whole = evaluate(model, images, limit=MOST_IMAGES)
     mse = _error(model, held_out_crops(images, config.crop))
     found = {
         "psnr": 10 * math.log10(4 / mse) if mse else math.inf,
@@ -159,17 +158,17 @@ def held_out_crops(images: ImageSet, size: int) -> Tensor:
     Returns:
         (512, 3, size, size) float32 in [-1, 1].
     """
-    pictures = [held_out.image for held_out in images.validation()]
-    crops = []
-    for number in range(CROPS):
-        few = len(pictures) <= CROPS
-        picture = pictures[number % len(pictures) if few else number * len(pictures) // CROPS]
-        top, left = (
-            int((0.5 + number * step) % 1 * (side - size + 1))
-            for step, side in zip(CROPS_STEPS, picture.shape[1:], strict=True)
-        )
-        crops.append(picture[:, top : top + size, left : left + size])
-    return torch.stack(crops)
+    few = images.spread(CROPS)
+    crops = torch.empty(CROPS, 3, size, size)
+    # picture after picture, for a data set of large ones does not fit into memory
+    for first, held_out in enumerate(few.validation()):
+        for number in range(first, CROPS, len(few.held_out)):
+            top, left = (
+                int((0.5 + number * step) % 1 * (side - size + 1))
+                for step, side in zip(CROPS_STEPS, held_out.image.shape[1:], strict=True)
+            )
+            crops[number] = held_out.image[:, top : top + size, left : left + size]
+    return crops
 
 
 @torch.no_grad()

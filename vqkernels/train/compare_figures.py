@@ -1,6 +1,5 @@
 """A comparison as pictures: quality against rate, training logs, and ablations."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,8 +17,8 @@ from vqkernels.train.compare import CellState, Grid
 from vqkernels.train.compare_table import Entry
 from vqkernels.train.files import replace_file
 from vqkernels.train.log import Line, read_lines
+from vqkernels.train.plots import DPI, png
 
-DPI = 120
 # told apart also by readers who confuse red and green (Okabe and Ito, then darker and lighter ones)
 COLOURS = (
     "#0072B2",
@@ -173,10 +172,9 @@ def _finish(figure: Figure, path: Path, styles: Mapping[str, Style], note: str) 
         for label, (colour, marker) in styles.items()
     ]
     figure.legend(handles=keys, loc="outside right upper", frameon=False, fontsize=11)
-    figure.supxlabel(note, fontsize=9, color="0.35")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    replace_file(path, buffer.getbuffer())
+    # the data may have dollar signs in its path
+    figure.supxlabel(note, fontsize=9, color="0.35", parse_math=False)
+    replace_file(path, png(figure))
 
 
 def _points(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from vqkernels.train.compare import CellState, Grid
+from vqkernels.train.evaluate import MOST_IMAGES
 
 COLUMNS: dict[str, str] = {
     "psnr": "PSNR of crops (dB)",
@@ -61,6 +62,7 @@ class Entry:
         of: all cells.
         errors: of those that failed, each once.
         settings: what the contender changes.
+        versions: of the package that trained and measured the finished cells.
     """
 
     method: str
@@ -73,6 +75,7 @@ class Entry:
     of: int
     errors: Sequence[str]
     settings: str
+    versions: frozenset[str]
 
 
 def summarise(states: Sequence[CellState]) -> list[Entry]:
@@ -163,6 +166,7 @@ def _entry(group: Sequence[CellState], base: float | None) -> Entry:
         of=len(group),
         errors=errors,
         settings=cell.settings,
+        versions=frozenset(state.result.version for state in group if state.result is not None),
     )
 
 
@@ -217,7 +221,7 @@ def _heading(grid: Grid) -> list[str]:
 def _notes(grid: Grid, entries: Sequence[Entry]) -> list[str]:
     notes = [
         "PSNR of crops is of the mean squared error over 512 held-out crops together, PSNR of images the mean over "
-        "whole held-out images, as are SSIM, perplexity, codes in use and the distortion of latents, in their squared "
+        f"whole held-out images, evenly spaced ones of more than {MOST_IMAGES}, as are SSIM, perplexity, codes in use and the distortion of latents, in their squared "
         "units per bit of entropy. All measure codewords. ± is the standard deviation over seeds. "
         "Step times are medians of a run, of cells that shared a machine.",
         "",
@@ -227,6 +231,10 @@ def _notes(grid: Grid, entries: Sequence[Entry]) -> list[str]:
     swept = {(e.label, e.variant): e.settings for e in entries}
     for (label, variant), settings in swept.items():
         notes.append(f"- {label}{f', {variant}' if variant else ''}: {settings}")
+    versions = sorted(frozenset[str]().union(*(e.versions for e in entries)))
+    if len(versions) > 1:
+        fix = "cells of an older one are trained again once their folders are removed"
+        notes += ["", f"Measured by vqkernels {', '.join(versions)}; {fix}."]
     failed = [e for e in entries if e.errors]
     if failed:
         notes += ["", "Failed, to be tried again by the same command:", ""]

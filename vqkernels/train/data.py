@@ -135,6 +135,11 @@ class ImageSet:
         self.epoch_steps = math.ceil(crops / batch_size)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the pictures to train on are decoded already."""
+        return self.training[0].pixels is not None
+
+    @property
     def crop(self) -> int:
         """Side of a training crop, in pixels."""
         return self._crop
@@ -223,9 +228,23 @@ class ImageSet:
         Args:
             number: of the held-out picture.
         """
-        one = copy(self)
-        one.held_out = self.held_out[number : number + 1]
-        return one
+        return self._measured_on(self.held_out[number : number + 1])
+
+    def spread(self, count: int) -> "ImageSet":
+        """Return a set with the same training pictures and at most so many held-out ones.
+
+        Args:
+            count: of held-out pictures, evenly spaced among all, for neighbours are often of one class.
+        """
+        of = len(self.held_out)
+        if of <= count:
+            return self
+        return self._measured_on([self.held_out[number * of // count] for number in range(count)])
+
+    def _measured_on(self, held_out: Sequence[Picture]) -> "ImageSet":
+        other = copy(self)
+        other.held_out = held_out
+        return other
 
 
 def load_images(config: TrainConfig) -> ImageSet:

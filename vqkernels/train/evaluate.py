@@ -27,6 +27,9 @@ from vqkernels.train.held_out import (
 )
 from vqkernels.train.held_out import modes_of as modes_of
 
+# beyond it a run does not measure more whole images by itself: of a stream there may be a hundred thousand
+MOST_IMAGES = 1000
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -93,7 +96,7 @@ def evaluate(
         images: to measure on.
         mode: one of `modes_of(model)`.
         ssim: whether to measure the structural similarity, which takes longer than the model.
-        limit: measure on at most this many whole images.
+        limit: measure on at most this many whole images, evenly spaced among all.
         crops: also measure on this many crops of the training size, the same ones for every model.
         lpips: maps two batches in [-1, 1] to (B,) distances; such as `LPIPS.from_files`.
         features: network of the Frechet distance.
@@ -109,7 +112,7 @@ def evaluate(
     device = next(model.parameters()).device
     with evaluating(model, mode):
         whole, cropped = _Sums(model, features), _Sums(model, None)
-        for batch in whole_batches(images.validation(limit)):
+        for batch in whole_batches((images if limit is None else images.spread(limit)).validation()):
             whole.add(batch.to(device), ssim=ssim, lpips=lpips)
         if features is not None and not whole.enough:
             cropped.features = features

@@ -85,6 +85,9 @@ def sync_folder(folder: Path) -> None:
     Raises:
         OSError: if the system cannot.
     """
+    # windows opens no folder
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -178,7 +178,9 @@ def crop_batches(images: ImageSet, count: int, *, side: int, seed: int = CROP_SE
     which = rng.integers(len(images.held_out), size=count)
     where = rng.random((count, 2))
     waiting: list[Tensor] = []
-    for number, held_out in enumerate(images.validation()):
+    # only the pictures that a crop comes from are decoded
+    for number in np.unique(which).tolist():
+        (held_out,) = images.only(number).validation()
         height, width = held_out.image.shape[1:]
         for u, v in where[which == number]:
             top, left = int(u * (height - side + 1)), int(v * (width - side + 1))

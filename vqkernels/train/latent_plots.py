@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from vqkernels.train.latents import Embedding
-from vqkernels.train.plots import COLUMN_INCHES, DPI
+from vqkernels.train.plots import COLUMN_INCHES, DPI, shorten
 
 LATENT_COLOUR, CODE_COLOUR, DEAD_COLOUR = "#4c78a8", "#d1495b", "#222222"
 # of a marker, in points squared: an unused code, and the code with the most latents
@@ -124,7 +124,7 @@ def error_figure(
         drawn = axes.imshow(one, cmap="magma", vmin=0, vmax=brightest, interpolation="nearest")
         axes.set(xticks=[], yticks=[], xlabel=f"root mean square {np.sqrt(np.mean(one**2)):.1f}")
         axes.xaxis.label.set_fontsize(11)
-        axes.set_title(name, fontsize=13)
+        axes.set_title(shorten(name), fontsize=13, parse_math=False)
         axes.spines[:].set_visible(False)
     if drawn is not None:
         bar = figure.colorbar(drawn, ax=list(grid), extend="max", pad=0.015, fraction=0.05)

@@ -158,23 +158,33 @@ def embed(study: LatentStudy, *, seed: int = 0) -> Embedding:
     Returns:
         The positions; of more than `MOST_CODES` codes, evenly spaced ones.
     """
-    # a second or more to import, and needed for this picture alone
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
     points, codes, use, num_codes = study.latents.numpy(), None, None, 0
     if study.codes is not None:
         num_codes = len(study.codes)
         shown = np.unique(np.linspace(0, num_codes - 1, min(num_codes, MOST_CODES)).round().astype(np.int64))
         codes, use = study.codes.numpy()[shown], study.counts[0].numpy()[shown]
     together = points if codes is None else np.concatenate((points, codes))
+    layout = _layout(together, seed)
+    split = len(points)
+    return Embedding(layout[:split], None if codes is None else layout[split:], use, num_codes)
+
+
+def _layout(together: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    # a second or more to import, and needed for this picture alone
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    # of points that all lie in one place there is nothing to lay out, and t-SNE would divide by their spread
+    if (together == together[0]).all():
+        return np.zeros((len(together), 2), dtype=np.float32)
+    if together.shape[1] == 1:
+        # its start takes two components
+        together = np.pad(together, ((0, 0), (0, 1)))
     near = max(1.0, min(30.0, (len(together) - 1) / 3))
     # its threads wait in busy loops where others want the cores, and would sum in another order on another machine
     with threadpool_limits(1):
         method = TSNE(perplexity=near, init="pca", learning_rate="auto", random_state=seed)
-        layout = method.fit_transform(together)
-    split = len(points)
-    return Embedding(layout[:split], None if codes is None else layout[split:], use, num_codes)
+        return method.fit_transform(together)
 
 
 def _rows(passed: Pass, quantizer: Quantizer) -> Tensor:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -26,11 +27,12 @@ from vqkernels.train.generators import restore_rng, rng_states
 from vqkernels.train.learners import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
 from vqkernels.train.model import build_model
+from vqkernels.train.prefetch import batches
 from vqkernels.train.processes import joint_statistics, make_accelerator
 from vqkernels.train.signals import StopSignals
 from vqkernels.train.timing import QuantizerShare
 
-# a measurement during training stops at this many held-out images; the final one takes them all
+# a measurement during training takes at most this many held-out images
 HELD_OUT_IMAGES = 64
 
 
@@ -164,6 +166,9 @@ class _Run:
             }
             self.accelerator.init_trackers("tracker", config=values)
         self.device = self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        # one step alone, as when a bad one is taken again, needs nothing ahead
+        self.batch: Callable[[int], Tensor] = partial(images.batch, rank=rank, world=world)
         torch.manual_seed(config.seed)
         self.model = joint_statistics(build_model(config), self.accelerator)
         self.learner = make_learner(config, self.accelerator, self.model)
@@ -197,7 +202,8 @@ class _Run:
                 if on_line is not None:
                     on_line(line)
 
-        with bar, self.timer:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        with bar, self.timer, batches(self.images, rank, world) as self.batch:
             seconds, since = 0.0, self.step
             while self.step < config.steps:
                 began = time.perf_counter()
@@ -226,8 +232,7 @@ class _Run:
         """One optimizer step, and its loss; nothing here waits for the device, save on the steps the timer samples."""
         step = self.step
         self.timer.begin(step, active=self.model.quantizer.initialized)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batch = self.images.batch(step, rank=rank, world=world).to(self.device, non_blocking=True)
+        batch = self.batch(step).to(self.device, non_blocking=True)
         found = self.learner.learn(batch, step)
         self.window.add(found.loss, found.mse, found.indices, found.extras)
         self.timer.end()

@@ -197,7 +197,7 @@ def _markdown_table(table: Table, level: str) -> list[str]:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_|<>\[\]#$&~])", r"\\\1", " ".join(text.split()))
 
 
 def _file_name(picture: Illustration) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a run as matplotlib figures, and as PNG files that are whole or not there."""
+"""Figures of a run, reconstructions and training curves, and how a figure becomes a PNG file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from vqkernels.train.log import Line
 
 DPI = 120
 COLUMN_INCHES = 4.4
+# in characters; more would run into the next column
+LONGEST_NAME = 36
 
 NOTE = (
     "A run that warms up has no codes in use at first. Training counts over the steps since the last line; "
@@ -39,6 +41,15 @@ class Row:
     captions: Sequence[str]
 
 
+def shorten(name: str) -> str:
+    """Return the end of a name that is too long for a column of a picture.
+
+    Args:
+        name: of an image.
+    """
+    return name if len(name) <= LONGEST_NAME else "\N{HORIZONTAL ELLIPSIS}" + name[1 - LONGEST_NAME :]
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG.
 
@@ -54,9 +65,12 @@ def draw_reconstructions(path: Path, originals: Mapping[str, NDArray[np.uint8]],
     """Draw originals over their reconstructions, one row per model.
 
     Args:
-        path: of the PNG to write.
+        path: of the PNG to write, as a whole.
         originals: (H, W, 3) uint8 by name, one column each.
         rows: the models, from top to bottom.
+
+    Raises:
+        RunError: the folder cannot be written.
     """
     replace_file(path, png(reconstruction_figure(originals, rows)))
 
@@ -84,7 +98,7 @@ def reconstruction_figure(originals: Mapping[str, NDArray[np.uint8]], rows: Sequ
             axes.spines[:].set_visible(False)
         axes_row[0].set_ylabel(row.label, fontsize=13)
     for axes, name in zip(grid[0], originals, strict=True):
-        axes.set_title(f"{name} (held out)", fontsize=13)
+        axes.set_title(f"{shorten(name)} (held out)", fontsize=13, parse_math=False)
     return figure
 
 
@@ -92,8 +106,11 @@ def draw_training(path: Path, runs: Mapping[str, Sequence[Line]]) -> None:
     """Draw loss, PSNR, perplexity and codebook usage against the step, one colour per run.
 
     Args:
-        path: of the PNG to write.
+        path: of the PNG to write, as a whole.
         runs: lines of metrics.jsonl by label.
+
+    Raises:
+        RunError: the folder cannot be written.
     """
     replace_file(path, png(training_figure(runs)))
 

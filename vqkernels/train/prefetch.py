@@ -1,6 +1,9 @@
 """Batches decoded in the background, ahead of the step that asks for them."""
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 
 from torch import Tensor
@@ -67,3 +70,22 @@ class Prefetch:
     ) -> None:
         """End the threads."""
         self.close()
+
+
+@contextmanager
+def batches(images: ImageSet, rank: int, world: int) -> Iterator[Callable[[int], Tensor]]:
+    """Take the batches of a run, decoded in the background unless the pictures are in memory.
+
+    Args:
+        images: to take batches from.
+        rank: of this process.
+        world: number of processes.
+
+    Yields:
+        A function from a step to its batch; leaving the block ends the threads.
+    """
+    if images.in_memory:
+        yield partial(images.batch, rank=rank, world=world)
+        return
+    with Prefetch(images, rank, world) as ahead:
+        yield ahead.batch

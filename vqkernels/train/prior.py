@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,20 @@ from tqdm import tqdm
 from vqkernels.checks import refuse
 from vqkernels.models.priors import GPTPrior, MaskGITPrior
 from vqkernels.models.token_prior import TokenPrior
+from vqkernels.train.badstep import all_finite
 from vqkernels.train.config import RunError
 from vqkernels.train.files import open_folder
 from vqkernels.train.log import Line, MetricsLog
 from vqkernels.train.prior_config import PriorConfig
-from vqkernels.train.prior_state import fill, load_state, restore_rng, rng_state, save_state, seed_of
+from vqkernels.train.prior_state import (
+    fill,
+    load_state,
+    previous_of,
+    restore_rng,
+    rng_state,
+    save_state,
+    seed_of,
+)
 from vqkernels.train.signals import StopSignals
 from vqkernels.train.tokens import TokenSet, open_tokens
 
@@ -99,7 +108,7 @@ def train_prior(
     on_line: Callable[[Line], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> PriorResult:
-    """Train a prior and leave prior.pt and metrics.jsonl in `config.out`.
+    """Train a prior and leave prior.pt, the checkpoint before it and metrics.jsonl in `config.out`.
 
     A run that was interrupted or killed and is resumed ends with the weights of an uninterrupted one, bit for
     bit on a CPU with the same number of threads. SIGINT and SIGTERM end the run after the current step, with a
@@ -120,7 +129,8 @@ def train_prior(
     """
     path = config.checkpoint_path()
     open_folder(path.parent)
-    saved = load_state(path) if path.exists() else None
+    # the checkpoint may be lost and the one before it still there
+    saved = load_state(path) if path.exists() or previous_of(path).exists() else None
     if saved is not None and not resume:
         got = f"{path.parent} with a checkpoint at step {saved['step']}"
         refuse(RunError, "prior", "out", "hold no earlier run", got, "Pass --resume, or another --out")
@@ -299,8 +309,11 @@ class _Run:
 
     def require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            fix = "Start again with a lower --lr or --precision no"
-            refuse(RunError, "prior", "loss", "stay finite", f"{loss} at step {self.step}", fix)
+            self.refuse_not_finite("loss", f"{loss} at step {self.step}")
+
+    def refuse_not_finite(self, what: str, got: str) -> NoReturn:
+        fix = "Start again in another --out with a lower --lr or --precision no"
+        refuse(RunError, "prior", what, "stay finite", got, fix)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(tensor, reduction="sum"))
@@ -315,8 +328,10 @@ class _Run:
 
     def save(self, log: MetricsLog | None) -> None:
         sums = self.sum(self.sums).cpu()
-        # weights that a bad step has spoilt must not replace good ones
+        # weights that a bad step has spoilt must not replace good ones; its own loss may have been finite
         self.require_finite(float(sums.sum()))
+        if not bool(all_finite(self.prior.state_dict())):
+            self.refuse_not_finite("weights", f"others after step {self.step}")
         if log is None:
             return
         log.sync()

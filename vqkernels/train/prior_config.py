@@ -13,6 +13,7 @@ from vqkernels.train.config import RunError
 
 PriorName = Literal["gpt", "maskgit"]
 Precision = Literal["no", "fp16", "bf16"]
+PresetName = Literal["small", "gpt-diveq", "gpt-diveq-afhq", "maskgit-slim"]
 
 # what tokens a run is of is compared by their key, whatever the paths are
 TOKEN_FIELDS = frozenset({"checkpoint", "data", "crop", "stride", "cache"})
@@ -23,8 +24,8 @@ FREE_FIELDS = TOKEN_FIELDS | {"out", "checkpoint_every", "log_every", "evaluate_
 class PriorConfig:
     """Train a prior over the tokens of an autoencoder: every field is a flag, and the checkpoint stores them all."""
 
-    checkpoint: str = "runs/train/checkpoint.pt"
-    """Checkpoint of the autoencoder whose tokens are learned."""
+    checkpoint: str = "runs/train"
+    """Checkpoint of the autoencoder whose tokens are learned, or the folder of its run for the newest."""
 
     data: str | None = None
     """Other images than those of the autoencoder."""
@@ -100,7 +101,7 @@ class PriorConfig:
     """Seed of the weights, the batches and the noise."""
 
     out: str = "runs/prior"
-    """Folder for prior.pt and metrics.jsonl."""
+    """Folder for prior.pt, prior.previous.pt and metrics.jsonl."""
 
     checkpoint_every: int = 100
     """Steps between checkpoints."""

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 import vqkernels
 from vqkernels.checks import refuse
 from vqkernels.train.config import RunError
-from vqkernels.train.files import replace_file
+from vqkernels.train.files import refuse_folder, replace_file
 
 FORMAT = "vqkernels prior 1"
 _FIELDS = frozenset(
@@ -26,6 +27,8 @@ _FIELDS = frozenset(
 def save_state(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint so that at every moment the path holds the old file or the new one, whole.
 
+    The old one stays beside it as `previous_of` names it, for a disk may damage the new one later.
+
     Args:
         path: of the file.
         content: tensors and plain values by name.
@@ -36,7 +39,22 @@ def save_state(path: Path, content: Mapping[str, Any]) -> None:
     # in memory first: torch would word a full disk its own way
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": vqkernels.__version__, **content}, buffer)
-    replace_file(path, buffer.getbuffer())
+    content_bytes = buffer.getbuffer()
+    try:
+        if path.is_file():
+            _give_second_name(path, previous_of(path))
+    except OSError as error:
+        refuse_folder(path.parent, error)
+    replace_file(path, content_bytes)
+
+
+def previous_of(path: Path) -> Path:
+    """Return where the checkpoint before the last one is kept.
+
+    Args:
+        path: of the last one, such as prior.pt.
+    """
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -49,8 +67,35 @@ def load_state(path: Path) -> dict[str, Any]:
         What `save_state` was given, tensors on the CPU.
 
     Raises:
-        RunError: if there is no such file, or it is damaged or no checkpoint of a prior.
+        RunError: if there is no such file, or it is damaged or no checkpoint of a prior; the message names the
+            previous one where that is whole.
     """
+    try:
+        return _load(path)
+    except RunError as error:
+        previous = previous_of(path)
+        if not previous.is_file():
+            raise
+        try:
+            step = _load(previous)["step"]
+        except RunError:
+            raise error from None
+        reason, _, _ = str(error).rpartition(". ")
+        raise RunError(f"{reason}. Rename {previous} to {path.name} to go on from step {step}.") from error
+
+
+def _give_second_name(path: Path, other: Path) -> None:
+    temporary = other.with_name(f".{other.name}.part")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(path)
+    # of file systems without such names
+    except OSError:
+        shutil.copyfile(path, temporary)
+    temporary.replace(other)
+
+
+def _load(path: Path) -> dict[str, Any]:
     fix = "Pass the prior.pt of a run of `prior`"
     if not path.is_file():
         got = f"{path}, {'a folder' if path.is_dir() else 'where there is none'}"

@@ -22,14 +22,30 @@ def load_run(path: Path, data: str | None = None) -> tuple[ImageAutoencoder, Ima
         data: `photos` or a folder; None for the data of the run.
 
     Returns:
-        The model with its averaged weights where it has some, on a CUDA device where there is one, its images, and the configuration of the run.
+        What `load_model` returns, and the images between the two.
 
     Raises:
         RunError: if the checkpoint or the images cannot be used, or the run still warmed up.
     """
+    model, config = load_model(path)
+    return model, load_images(config if data is None else dataclasses.replace(config, data=data)), config
+
+
+def load_model(path: Path) -> tuple[ImageAutoencoder, TrainConfig]:
+    """Load a trained model alone, wherever its images are.
+
+    Args:
+        path: of a checkpoint, or the folder of a run, which gives its newest.
+
+    Returns:
+        The model with its averaged weights where it has some, on a CUDA device where there is one, and the
+        configuration of the run.
+
+    Raises:
+        RunError: if the checkpoint cannot be used, or the run still warmed up.
+    """
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
-    images = load_images(config if data is None else dataclasses.replace(config, data=data))
     model = build_model(config)
     checkpoint.restore_model(model, path)
     if not model.quantizer.initialized:
@@ -40,4 +56,4 @@ def load_run(path: Path, data: str | None = None) -> tuple[ImageAutoencoder, Ima
         average.load_state_dict(checkpoint.learner["average"])
         average.replace()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), images, config
+    return model.to(device), config

@@ -15,11 +15,12 @@ from torch import Tensor
 from vqkernels.checks import check_count, check_number, refuse
 from vqkernels.models import ImageAutoencoder
 from vqkernels.models.priors import MaskGITPrior
+from vqkernels.train.checkpoint import find_checkpoint
 from vqkernels.train.config import RunError
 from vqkernels.train.evaluate import to_pixels
 from vqkernels.train.files import open_folder, replace_file
 from vqkernels.train.prior import LoadedPrior, load_prior
-from vqkernels.train.restore import load_run
+from vqkernels.train.restore import load_model
 from vqkernels.train.token_key import file_digest
 
 # between the pictures of a grid, in pixels and white
@@ -92,8 +93,8 @@ def sample_grid(
     if picture.suffix.lower() != ".png" or picture.is_dir():
         refuse(RunError, "sample", "picture", "name a .png file", picture, "Pass --picture FILE.png")
     loaded = load_prior(prior_path)
-    path = Path(loaded.config.checkpoint) if checkpoint is None else checkpoint
-    model = load_run(path)[0]
+    path = find_checkpoint(Path(loaded.config.checkpoint) if checkpoint is None else checkpoint)
+    model = load_model(path)[0]
     if file_digest(path) != loaded.checkpoint_digest:
         fix = "Pass --checkpoint with the file the prior was trained with, or train the prior again"
         requirement = f"be the autoencoder that {prior_path} was trained with"

@@ -4,7 +4,7 @@ import glob
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +94,19 @@ class _Samples:
     ends: NDArray[np.int64]
     labels: NDArray[np.int64] | None = None
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the shards: without their folders, unless two are called alike."""
+        short = [path.name for path in self.shards]
+        return short if len(set(short)) == len(short) else list(map(str, self.shards))
+
     def picture(self, number: int) -> Picture:
         shard = int(np.searchsorted(self.ends, number, side="right"))
         index = self.indices[shard]
         row = number - int(self.ends[shard]) + len(index.names)
         offset, size, height, width = (int(value) for value in index.places[row])
         return Picture(
-            f"{self.shards[shard].name}/{index.names[row].decode()}",
+            f"{self.names[shard]}/{index.names[row].decode()}",
             height,
             width,
             content=partial(_read_span, self.shards[shard], offset, size),

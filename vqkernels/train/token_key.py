@@ -5,6 +5,9 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vqkernels.train.huggingface import HF_PREFIX
+from vqkernels.train.shards import is_pattern, pattern_shards
+
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file.
@@ -28,16 +31,20 @@ def data_identity(data: str) -> str:
     Returns:
         The SHA-256 of names, sizes and times of change of all files; a set that lies elsewhere is known by its
         name alone.
+
+    Raises:
+        RunError: if a pattern names shards that are not there.
     """
-    root = _root(data)
-    found: list[object] = [data if root is None else str(root.resolve()), data.partition("{")[2]]
     if data == "photos":
-        found.append(_version("scikit-image"))
-    elif root is not None:
+        found: list[object] = [data, _version("scikit-image")]
+    elif is_pattern(data):
+        found = [_identity(shard) for shard in pattern_shards(data)]
+    elif (place := _place(data)) is None:
+        found = [data]
+    else:
+        root, split = place
         paths = [root] if root.is_file() else (path for path in root.rglob("*") if path.is_file())
-        for path in sorted(paths):
-            status = path.stat()
-            found.append((str(path.relative_to(root.parent)), status.st_size, status.st_mtime_ns))
+        found = [data.startswith(HF_PREFIX), split, *map(_identity, sorted(paths))]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -57,16 +64,17 @@ def key_of(checkpoint_digest: str, identity: str, crop: int, stride: int) -> str
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _root(data: str) -> Path | None:
-    """The file or folder behind the words, None where there is none on this disk."""
-    if data == "photos":
-        return None
-    path = data.removeprefix("hf:")
-    for text in (path, path.rpartition(":")[0]):
-        if text and Path(text).exists():
-            return Path(text)
-    folder = Path(path.partition("{")[0]).parent
-    return folder if "{" in path and folder.exists() else None
+def _place(data: str) -> tuple[Path, str] | None:
+    """The file or folder behind the words and the split after it, None where there is none on this disk."""
+    path = data.removeprefix(HF_PREFIX)
+    shorter, _, split = path.rpartition(":")
+    places = ((Path(text).expanduser(), rest) for text, rest in ((path, ""), (shorter, split)) if text)
+    return next(((place, rest) for place, rest in places if place.exists()), None)
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def _version(package: str) -> str:

@@ -20,7 +20,8 @@ from vqkernels.models import ImageAutoencoder
 from vqkernels.train.checkpoint import find_checkpoint, load_checkpoint
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet, load_images
-from vqkernels.train.restore import load_run
+from vqkernels.train.files import sync_folder
+from vqkernels.train.restore import load_model
 from vqkernels.train.token_key import data_identity, file_digest, key_of
 
 Part = Literal["train", "held_out"]
@@ -109,9 +110,8 @@ def open_tokens(
         except (OSError, ValueError, KeyError, TypeError) as error:
             tell(f"The tokens in {folder} are damaged ({error}); they are encoded again.")
     tell(f"Encoding {asked.data} with {checkpoint} into {folder}.")
-    model, images, _ = load_run(checkpoint, data)
-    if asked.crop != config.crop:
-        images = load_images(dataclasses.replace(config, data=asked.data, crop=asked.crop))
+    model = load_model(checkpoint)[0]
+    images = load_images(dataclasses.replace(config, data=asked.data, crop=asked.crop))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
@@ -237,11 +237,7 @@ def _replace(part: Path, folder: Path) -> None:
         # another process was quicker, and wrote the same
         if not (folder / MANIFEST).is_file():
             raise
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder.parent)
 
 
 def _open(folder: Path, key: str) -> TokenSet:
