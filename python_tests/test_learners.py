@@ -165,6 +165,18 @@ def test_help_groups_options_by_what_they_change(capsys):
             {"adversarial": 1.0, "discriminator_start": 0.95},
             "discriminator_start must leave a step of 6 to the discriminator",
         ),
+        (
+            {"procedure": "alternated", "quantizer": "ste", "inner": 5, "split": True},
+            "inner must be at most 4, the images of a step in a process, with split; got 5",
+        ),
+        (
+            {"quantizer": "ste", "start": "kmeans", "crop": 4, "accumulate": 2},
+            "start must leave at least num_codes = 8 latents to fit the codes to; got kmeans with 2 latents",
+        ),
+        (
+            {"quantizer": "ste", "upkeep": "repeated", "crop": 4},
+            "upkeep must leave at least num_codes = 8 latents to fit the codes to; got repeated with 4 latents",
+        ),
         ({"perceptual": "vgg.pth", "crop": 8}, "crop must be 16 or more for LPIPS; got 8"),
         (
             {"quantizer": "ste", "backbone": "takida", "batch_size": 1, "crop": 4},

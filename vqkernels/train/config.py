@@ -28,6 +28,9 @@ FREE_FIELDS = frozenset(
     {"out", "checkpoint_every", "keep", "log_every", "evaluate_every", "tracker", "shard"}
 )
 
+# repeated k-means fits codes anew so often in a run
+REFITS = 6
+
 
 class RunError(RuntimeError):
     """A run cannot start, continue or be read; the message says why and what to do."""
@@ -69,11 +72,23 @@ class TrainConfig(
                 f"Pass --crop {max(1, round(self.crop / self.factor)) * self.factor} or fewer down-samplings"
             )
             refuse(ValueError, NAME, "crop", requirement, self.crop, fix)
-        latents = self.warmup_steps * self.batch_size * (self.crop // self.factor) ** 2
-        if self.warms_up and latents < self.num_codes:
-            requirement = f"leave at least num_codes = {self.num_codes} latents to start the codes from"
-            got = f"{self.warmup_steps} steps with {latents} latents"
-            refuse(ValueError, NAME, "warmup", requirement, got, "Pass more --steps or a larger --batch-size")
+        self._check_latents()
+
+    def _check_latents(self) -> None:
+        """Codes that are fitted to latents need at least as many of these."""
+        a_step = self.batch_size * (self.crop // self.factor) ** 2
+        fix = "Pass more --steps or a larger --batch-size"
+        for field, asked, latents in (
+            ("warmup", self.warms_up, self.warmup_steps * a_step),
+            ("upkeep", self.upkeep == "repeated", self.refit_every * a_step),
+            ("start", self.start == "kmeans", a_step // self.accumulate),
+        ):
+            if asked and latents < self.num_codes:
+                requirement = f"leave at least num_codes = {self.num_codes} latents to fit the codes to"
+                got = f"{getattr(self, field)} with {latents} latents"
+                if field == "start":
+                    fix = "Pass a larger --batch-size, or leave --start out"
+                refuse(ValueError, NAME, field, requirement, got, fix)
 
     def _check_codes(self) -> None:
         name = NAME
@@ -154,6 +169,11 @@ class TrainConfig(
     def warmup_steps(self) -> int:
         """Steps without quantization, 0 for none."""
         return max(1, round(self.warmup * self.steps)) if self.warms_up else 0
+
+    @property
+    def refit_every(self) -> int:
+        """Steps between two fits of repeated k-means."""
+        return max(1, self.steps // REFITS)
 
     @property
     def discriminator_first_step(self) -> int:
