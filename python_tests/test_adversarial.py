@@ -276,6 +276,12 @@ def test_codes_have_their_own_rate_and_no_decay():
     assert [p.shape for p in codes["params"]] == [(8, 4)]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_discriminator_has_the_decay_of_the_run(decay):
+    made = learner(weight_decay=decay, optimizer="adamw")
+    assert [group["weight_decay"] for group in made.discriminator_optimizer.param_groups] == [decay]
+
+
 def test_half_precision_steps_are_finite():
     made = learner(dtype=torch.float32, precision="bf16", discriminator_start=0.0)
     for number in range(3):

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqkernels.models import VQVAE, TakidaVAE
 from vqkernels.nn import ImportanceReplacement, LatentMeans, TwoPhase, build
@@ -160,3 +161,23 @@ def test_refusals():
     del state["average.0"]
     with pytest.raises(ValueError, match=r"WeightAverage: state must hold the averages of \d+ parameters"):
         WeightAverage(model, 0.9).load_state_dict(state)
+
+
+def test_an_update_moves_nothing_between_devices():
+    """What moves from the host to a GPU at every step makes the host wait for it."""
+    moved = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten._local_scalar_dense):
+                moved.append(func)
+            return func(*args, **(kwargs or {}))
+
+    # a device of its own, without which the host and the device would be one here
+    with torch.device("meta"):
+        model = make(upkeep=[ImportanceReplacement(TwoPhase.scaled(10))])
+    average = WeightAverage(model, 0.9)
+    average.update()
+    with Watch():
+        average.update()
+    assert not moved

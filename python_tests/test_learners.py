@@ -125,6 +125,18 @@ def test_every_recipe_is_a_configuration_in_both_sizes(name):
     assert PRESETS[name].config(seed=3).seed == 3
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_recipe_builds_in_the_paper_s_size(name):
+    """Shapes alone, without the memory."""
+    config = PRESETS[name].config(full=True)
+    with torch.device("meta"):
+        model = build_model(config)
+        latents = model.eval().encode(torch.empty(1, 3, config.crop, config.crop))
+        assert latents.shape[1] == config.latent_dim == model.quantizer.dim
+        assert latents.shape[2] * model.factor == config.crop and model.factor == config.factor
+        assert model.decode(latents).shape == (1, 3, config.crop, config.crop)
+
+
 def test_help_groups_options_by_what_they_change(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["train", "--preset", "mq", "--help"])
@@ -146,6 +158,30 @@ def test_help_groups_options_by_what_they_change(capsys):
         ({"start": "kmeans"}, "start must be plain for runs of sf_diveq, which start as means of latents"),
         ({"weight_decay": 0.1}, "weight_decay must be 0 for adam"),
         ({"multipliers": (1, 2, 3)}, "multipliers must be left out for backbone diveq"),
+        ({"attention": True}, "attention must be left out for backbone diveq"),
+        ({"split": True}, "split must be left out for procedure joint"),
+        ({"hypergradient": "general"}, "hypergradient must be left out for procedure joint"),
+        (
+            {"adversarial": 1.0, "discriminator_start": 0.95},
+            "discriminator_start must leave a step of 6 to the discriminator",
+        ),
+        (
+            {"procedure": "alternated", "quantizer": "ste", "inner": 5, "split": True},
+            "inner must be at most 4, the images of a step in a process, with split; got 5",
+        ),
+        (
+            {"quantizer": "ste", "start": "kmeans", "crop": 4, "accumulate": 2},
+            "start must leave at least num_codes = 8 latents to fit the codes to; got kmeans with 2 latents",
+        ),
+        (
+            {"quantizer": "ste", "upkeep": "repeated", "crop": 4},
+            "upkeep must leave at least num_codes = 8 latents to fit the codes to; got repeated with 4 latents",
+        ),
+        ({"perceptual": "vgg.pth", "crop": 8}, "crop must be 16 or more for LPIPS; got 8"),
+        (
+            {"quantizer": "ste", "backbone": "takida", "batch_size": 1, "crop": 4},
+            "batch_size must leave more than one latent",
+        ),
         ({"backbone": "vqgan", "multipliers": (1, 2)}, "multipliers must be downsamplings"),
     ],
 )

@@ -89,7 +89,16 @@ def test_docs_find_it(copy):
 def test_command_line_finds_it(copy, tmp_path):
     sizes = "--steps 2 --width 4 --residual-blocks 0 --latent-dim 4 --num-codes 8 --batch-size 2 --crop 8"
     out = run(
-        copy, "-m", "vqkernels", "train", "--quantizer", "toy", "--out", str(tmp_path / "run"), *sizes.split()
+        copy,
+        "-m",
+        "vqkernels",
+        "train",
+        "--no-report",
+        "--quantizer",
+        "toy",
+        "--out",
+        str(tmp_path / "run"),
+        *sizes.split(),
     )
     assert "toy" in out and (tmp_path / "run/checkpoints/manifest.json").exists()
 

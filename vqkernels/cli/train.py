@@ -78,7 +78,7 @@ def command(default: TrainConfig) -> Callable[..., int]:
             preset: Recipe of a paper whose options are the defaults here; --help after it shows them.
             full: The recipe in the paper's size, for a GPU and a data set.
             resume: Go on from the newest checkpoint in --out, or start where there is none.
-            resume_from: Go on from this checkpoint; later ones, and the log beyond it, are dropped.
+            resume_from: Go on from this checkpoint, or the newest of this folder of a run; later ones, and the log beyond it, are dropped.
             report: Write report.md and its pictures into --out at the end; the flag switches it off.
         """
         again = resume or resume_from is not None

@@ -23,6 +23,9 @@ _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _TINY = 1e-10
 
+# height and width, in pixels, below which nothing is left after four halvings
+MIN_SIDE = 16
+
 
 class LPIPS(nn.Module):
     """The learned perceptual distance over VGG-16, frozen.
@@ -105,8 +108,8 @@ class LPIPS(nn.Module):
         """
         for name, images in (("x", x), ("y", y)):
             check_floating("LPIPS", name, images)
-        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16 or x.shape != y.shape:
-            requirement = "be two batches (B, 3, H, W) of one shape, of 16 pixels each way or more"
+        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE or x.shape != y.shape:
+            requirement = f"be two batches (B, 3, H, W) of one shape, of {MIN_SIDE} pixels each way or more"
             got = f"{tuple(x.shape)} and {tuple(y.shape)}"
             refuse(ValueError, "LPIPS", "images", requirement, got, "Pass larger images, as pairs")
         distance = x.new_zeros(len(x))

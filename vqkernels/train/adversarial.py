@@ -52,9 +52,9 @@ class Adversarial(JointLearner):
         self.discriminator_loss = DISCRIMINATOR_LOSSES[
             check_choice("Adversarial", "loss", loss, tuple(DISCRIMINATOR_LOSSES))
         ]
-        self.start = round(config.discriminator_start * config.steps)
+        self.start = config.discriminator_first_step
         self.discriminator: PatchDiscriminator | None = None
-        if config.adversarial > 0 and self.start < config.steps:
+        if config.adversarial > 0:
             self._build_discriminator()
 
     def _build_discriminator(self) -> None:

@@ -1,11 +1,11 @@
 """Moving averages of weights, which reconstruct better than the weights of any one step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vqkernels.checks import check_number, refuse
 from vqkernels.nn.upkeep import Upkeep
@@ -41,23 +41,27 @@ class WeightAverage:
         codes = set(split_parameters(model)[0])
         self._quantizer = model.quantizer
         whole = nn.ModuleList([model.encoder, model.quantizer, model.decoder])
-        self._parameters = nn.ParameterList(whole.parameters())
+        self._parameters = list(whole.parameters())
         self._codes = [place for place, p in enumerate(self._parameters) if p in codes]
-        self._averaged = AveragedModel(self._parameters, multi_avg_fn=self._blend)
-        self._averaged.requires_grad_(False)
+        # torch's AveragedModel would copy its count to the device at every update, and wait for that
+        self._averages = [p.detach().clone() for p in self._parameters]
+        self._updates = 0
         self._replaced = self._count_replaced()
 
     @torch.no_grad()
     def update(self) -> None:
         """Take note of the parameters; after each optimizer step. Waits for no device."""
-        self._averaged.update_parameters(self._parameters)
+        n, own = self._updates, [p.detach() for p in self._parameters]
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        get_ema_multi_avg_fn(decay)(self._averages, own, n)
+        self._updates += 1
         replaced = self._count_replaced()
         restart = replaced != self._replaced
         self._replaced = replaced
         if not self._quantizer.initialized:
             restart = torch.ones_like(restart)
         for place in self._codes:
-            average, code = self._averages()[place], self._parameters[place]
+            average, code = self._averages[place], self._parameters[place]
             average.copy_(torch.where(restart, code, average))
 
     @contextmanager
@@ -67,7 +71,7 @@ class WeightAverage:
         No optimizer may step inside, and no update be made.
         """
         own = [p.detach().clone() for p in self._parameters]
-        _copy(self._parameters, self._averages())
+        _copy(self._parameters, self._averages)
         try:
             yield
         finally:
@@ -75,12 +79,12 @@ class WeightAverage:
 
     def replace(self) -> None:
         """Leave the model the averages as its parameters, for good."""
-        _copy(self._parameters, self._averages())
+        _copy(self._parameters, self._averages)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages and the number of updates, for a checkpoint."""
-        state = {f"average.{place}": p.detach() for place, p in enumerate(self._averages())}
-        return state | {"updates": self._averaged.n_averaged.clone(), "replaced": self._replaced.clone()}
+        state = {f"average.{place}": p.detach() for place, p in enumerate(self._averages)}
+        return state | {"updates": torch.tensor(self._updates), "replaced": self._replaced.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` returned.
@@ -91,7 +95,7 @@ class WeightAverage:
         Raises:
             ValueError: if the names or shapes differ.
         """
-        averages = self._averages()
+        averages = self._averages
         saved = [state.get(f"average.{place}") for place in range(len(averages))]
         fits = all(s is not None and s.shape == p.shape for s, p in zip(saved, averages))
         if not fits or len(state) != len(averages) + 2:
@@ -99,16 +103,8 @@ class WeightAverage:
             fix = "Pass the state of an average of the same model"
             refuse(ValueError, "WeightAverage", "state", requirement, f"{len(state)} entries", fix)
         _copy(averages, [s for s in saved if s is not None])
-        self._averaged.n_averaged.copy_(state["updates"])
+        self._updates = int(state["updates"])
         self._replaced = state["replaced"].to(self._replaced.device)
-
-    def _averages(self) -> list[Tensor]:
-        return list(self._averaged.module.parameters())
-
-    def _blend(self, averages: PARAM_LIST, parameters: PARAM_LIST, _: Tensor | int) -> None:
-        # the count on the host: the one handed over is on the device
-        n = int(self._averaged.n_averaged)
-        get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averages, parameters, n)
 
     def _count_replaced(self) -> Tensor:
         device = next((p.device for p in self._parameters), torch.device("cpu"))
@@ -117,6 +113,6 @@ class WeightAverage:
 
 
 @torch.no_grad()
-def _copy(to: nn.ParameterList | list[Tensor], values: list[Tensor]) -> None:
+def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(to, values, strict=True):
         target.copy_(value)

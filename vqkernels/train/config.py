@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqkernels.checks import refuse
+from vqkernels.models.lpips import MIN_SIDE
 from vqkernels.nn import METHODS, Method
 from vqkernels.train.options import (
     GROUPS,
@@ -26,6 +27,9 @@ from vqkernels.train.options import (
 FREE_FIELDS = frozenset(
     {"out", "checkpoint_every", "keep", "log_every", "evaluate_every", "tracker", "shard"}
 )
+
+# repeated k-means fits codes anew so often in a run
+REFITS = 6
 
 
 class RunError(RuntimeError):
@@ -61,17 +65,30 @@ class TrainConfig(
             group.check(self)
         self._check_codes()
         self._check_objective()
+        self._check_use()
         if self.crop % self.factor:
             requirement = f"be a multiple of 2^downsamplings = {self.factor}"
             fix = (
                 f"Pass --crop {max(1, round(self.crop / self.factor)) * self.factor} or fewer down-samplings"
             )
             refuse(ValueError, NAME, "crop", requirement, self.crop, fix)
-        latents = self.warmup_steps * self.batch_size * (self.crop // self.factor) ** 2
-        if self.warms_up and latents < self.num_codes:
-            requirement = f"leave at least num_codes = {self.num_codes} latents to start the codes from"
-            got = f"{self.warmup_steps} steps with {latents} latents"
-            refuse(ValueError, NAME, "warmup", requirement, got, "Pass more --steps or a larger --batch-size")
+        self._check_latents()
+
+    def _check_latents(self) -> None:
+        """Codes that are fitted to latents need at least as many of these."""
+        a_step = self.batch_size * (self.crop // self.factor) ** 2
+        fix = "Pass more --steps or a larger --batch-size"
+        for field, asked, latents in (
+            ("warmup", self.warms_up, self.warmup_steps * a_step),
+            ("upkeep", self.upkeep == "repeated", self.refit_every * a_step),
+            ("start", self.start == "kmeans", a_step // self.accumulate),
+        ):
+            if asked and latents < self.num_codes:
+                requirement = f"leave at least num_codes = {self.num_codes} latents to fit the codes to"
+                got = f"{getattr(self, field)} with {latents} latents"
+                if field == "start":
+                    fix = "Pass a larger --batch-size, or leave --start out"
+                refuse(ValueError, NAME, field, requirement, got, fix)
 
     def _check_codes(self) -> None:
         name = NAME
@@ -105,12 +122,33 @@ class TrainConfig(
             if self.precision == "fp16":
                 fix = "Pass --precision bf16"
                 refuse(ValueError, NAME, "precision", "be no or bf16 with shard", self.precision, fix)
-        if self.multipliers and self.backbone != "vqgan":
-            requirement = f"be left out for backbone {self.backbone}, whose resolutions have one width"
-            refuse(ValueError, NAME, "multipliers", requirement, self.multipliers, "Pass --backbone vqgan")
         if self.accumulate > self.batch_size or self.batch_size % self.accumulate:
             requirement = f"divide batch_size = {self.batch_size}"
             refuse(ValueError, NAME, "accumulate", requirement, self.accumulate, "Pass a divisor")
+
+    def _check_use(self) -> None:
+        """Refuse options that would change nothing, and sizes that a part of the run cannot take."""
+        for field, unset, of, needed in (
+            ("multipliers", (), "backbone", "vqgan"),
+            ("attention", False, "backbone", "vqgan"),
+            ("split", False, "procedure", "alternated"),
+            ("hypergradient", "auto", "procedure", "meta"),
+        ):
+            value, there = getattr(self, field), getattr(self, of)
+            if value != unset and there != needed:
+                requirement = f"be left out for {of} {there}, which has no use for it"
+                refuse(ValueError, NAME, field, requirement, value, f"Pass --{of} {needed}")
+        if self.adversarial and self.discriminator_first_step >= self.steps:
+            requirement = f"leave a step of {self.steps} to the discriminator"
+            fix = "Pass a smaller one, or leave --adversarial out"
+            refuse(ValueError, NAME, "discriminator_start", requirement, self.discriminator_start, fix)
+        if self.perceptual and self.perceptual_weight and self.crop < MIN_SIDE:
+            fix = "Pass a larger --crop, or leave --perceptual out"
+            refuse(ValueError, NAME, "crop", f"be {MIN_SIDE} or more for LPIPS", self.crop, fix)
+        if self.backbone == "takida" and self.batch_size == self.accumulate and self.crop == self.factor:
+            fix = "Pass a larger --batch-size or --crop, or --backbone diveq"
+            requirement = "leave more than one latent for the batch statistics of takida"
+            refuse(ValueError, NAME, "batch_size", requirement, self.batch_size // self.accumulate, fix)
 
     @property
     def method(self) -> Method:
@@ -131,6 +169,16 @@ class TrainConfig(
     def warmup_steps(self) -> int:
         """Steps without quantization, 0 for none."""
         return max(1, round(self.warmup * self.steps)) if self.warms_up else 0
+
+    @property
+    def refit_every(self) -> int:
+        """Steps between two fits of repeated k-means."""
+        return max(1, self.steps // REFITS)
+
+    @property
+    def discriminator_first_step(self) -> int:
+        """The 0-based step from which on the discriminator takes part."""
+        return round(self.discriminator_start * self.steps)
 
     @property
     def replaces(self) -> bool:

@@ -2,14 +2,17 @@
 
 import errno
 import os
+import sqlite3
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from vqkernels.checks import refuse
 from vqkernels.train.config import RunError
 
+LOCK = ".lock"
 # what a system says when no byte more fits
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -111,6 +114,39 @@ def open_folder(folder: Path, argument: str = "out") -> None:
             pass
     except OSError as error:
         refuse_folder(folder, error, argument)
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder until this one ends, however it ends; the processes of one run count as one.
+
+    A database keeps the lock, for its locks end with their process and are known on every system.
+
+    Args:
+        folder: of the run, that can be written.
+
+    Raises:
+        RunError: another run is at work there.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    lock = None
+    try:
+        try:
+            lock = sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None, check_same_thread=False)
+            # nothing is ever written, so nothing has to be undone after a kill
+            lock.execute("PRAGMA journal_mode = MEMORY")
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            # some network file systems know no locks, and have to do without
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                got, fix = f"{folder}, where one is at work", "Wait for its end, or pass another --out"
+                refuse(RunError, "train", "out", "be of one run at a time", got, fix)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def refuse_folder(folder: Path, error: OSError, argument: str = "out") -> NoReturn:

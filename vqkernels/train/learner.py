@@ -144,11 +144,12 @@ def make_optimizer(config: TrainConfig, groups: Sequence[dict[str, Any]]) -> tor
 
     Args:
         config: of the run.
-        groups: of `torch.optim`; those without parameters are left out.
+        groups: of `torch.optim`; those without parameters are left out, those without a decay take the run's.
     """
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     there = [group for group in groups if group["params"]]
-    return kind(there, lr=config.lr, betas=config.betas)
+    # AdamW has a decay of its own where it is told none
+    return kind(there, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def mean_of(parts: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

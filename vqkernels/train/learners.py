@@ -113,6 +113,10 @@ class ProcedureLearner(Learner):
         if not split_parameters(model)[0]:
             requirement = f"be joint for {config.quantizer}, which has no codes that learn by gradient"
             refuse(RunError, "train", "procedure", requirement, config.procedure, "Leave --procedure out")
+        share = config.batch_size // accelerator.num_processes
+        if config.split and config.inner > share:
+            requirement = f"be at most {share}, the images of a step in a process, with split"
+            refuse(RunError, "train", "inner", requirement, config.inner, "Pass a larger --batch-size")
         codes = make_optimizer(config, [code_group(config, model)])
         rest = make_optimizer(config, [rest_group(config, model)])
         self.optimizers = [codes, rest]

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from vqkernels.checks import refuse
 from vqkernels.models import ImageAutoencoder
 from vqkernels.train.badstep import BadStep, NotFiniteError, all_finite, refuse_bad_step, save_bad_step
-from vqkernels.train.checkpoint import Checkpoint, CheckpointStore, store_of
+from vqkernels.train.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, store_of
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.data import ImageSet, load_images
 from vqkernels.train.evaluate import evaluate
-from vqkernels.train.files import open_folder
+from vqkernels.train.files import only_run, open_folder
 from vqkernels.train.generators import restore_rng, rng_states
 from vqkernels.train.learners import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
@@ -74,7 +74,8 @@ def train(
     Args:
         config: of the run.
         resume: go on from the newest checkpoint in `config.out`, or start where there is none.
-        resume_from: go on from this checkpoint; later ones, and what the log says beyond it, are dropped.
+        resume_from: go on from this checkpoint, or the newest of this folder of a run; later ones, and what the log
+            says beyond it, are dropped.
         progress: show a progress bar on standard error.
         on_line: called with every line of the log.
 
@@ -88,8 +89,8 @@ def train(
     out = Path(config.out)
     open_folder(out)
     store = store_of(out, config.keep)
-    with StopSignals() as stop:
-        checkpoint = _starting_point(config, store, resume, resume_from)
+    with StopSignals() as stop, only_run(out):
+        checkpoint, path = _starting_point(config, store, resume, resume_from)
         images = load_images(config)
         run = _Run(config, images, store)
         if checkpoint is not None:
@@ -99,7 +100,7 @@ def train(
         # nobody still reads what is dropped now
         run.accelerator.wait_for_everyone()
         if main:
-            store.settle(checkpoint)
+            store.settle(checkpoint, foreign=path is not None and not store.holds(path))
         bad = None
         try:
             with MetricsLog(config.metrics_path(), run.step) if main else nullcontext() as log:
@@ -116,18 +117,18 @@ def train(
 
 def _starting_point(
     config: TrainConfig, store: CheckpointStore, resume: bool, resume_from: Path | None
-) -> Checkpoint | None:
-    path = resume_from or store.latest()
+) -> tuple[Checkpoint | None, Path | None]:
+    path = store.latest() if resume_from is None else find_checkpoint(resume_from)
     if path is None:
         # a run of an older version is named, not overwritten
         store.refuse_older()
-        return None
+        return None, None
     if resume_from is None and not resume:
         fix = "Pass --resume, or another --out"
         refuse(RunError, "train", "out", "hold no earlier run", f"{config.out} with {path.name}", fix)
     checkpoint = store.load(path)
     checkpoint.require(config, path)
-    return checkpoint
+    return checkpoint, path
 
 
 def _keep_bad_step(config: TrainConfig, images: ImageSet, store: CheckpointStore, bad: int) -> NoReturn:

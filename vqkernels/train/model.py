@@ -21,9 +21,6 @@ from vqkernels.nn import (
 )
 from vqkernels.train.config import RunError, TrainConfig
 
-# k-means fits codes anew so often in a run
-REFITS = 6
-
 
 def build_model(config: TrainConfig) -> ImageAutoencoder:
     """Build the model of a run, channels last in memory, with fresh weights from torch's default generator.
@@ -88,7 +85,7 @@ def _upkeep(config: TrainConfig) -> list[Upkeep]:
     if config.upkeep == "lru":
         upkeep.append(LeastRecentlyUsed())
     if config.upkeep == "repeated":
-        upkeep.append(RepeatedKMeans(Every(max(1, config.steps // REFITS))))
+        upkeep.append(RepeatedKMeans(Every(config.refit_every)))
     return upkeep
 
 

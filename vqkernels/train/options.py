@@ -94,7 +94,7 @@ class ModelOptions:
     """Channels at each resolution of vqgan, in units of width; downsamplings + 1 numbers, all 1 when left out."""
 
     attention: bool = False
-    """Whether vqgan attends at its lowest resolution."""
+    """Whether each block of vqgan at its lowest resolution attends; between its halves it always does."""
 
     def check(self) -> None:
         """Raise TypeError or ValueError for values no run can have."""

@@ -90,7 +90,7 @@ class CheckpointStore:
         if path is None:
             self._refuse_nothing()
         candidates = self._candidates()
-        own = path.parent.resolve() == self.folder.resolve()
+        own = self.holds(path)
         step = next((step for step, other in candidates.items() if own and other.name == path.name), None)
         if step is None:
             return read_snapshot(path)
@@ -105,12 +105,21 @@ class CheckpointStore:
             refuse(RunError, "checkpoint", "file", "be as it was written", f"{path} ({fault})", fix)
         return read_snapshot(path)
 
-    def settle(self, checkpoint: Checkpoint | None) -> None:
+    def holds(self, path: Path) -> bool:
+        """Whether a checkpoint lies in this folder.
+
+        Args:
+            path: of the file.
+        """
+        return path.parent.resolve() == self.folder.resolve()
+
+    def settle(self, checkpoint: Checkpoint | None, *, foreign: bool = False) -> None:
         """Put the folder in order before a run goes on: by one process, after all have read what they need.
 
         Args:
             checkpoint: the one the run goes on from, which becomes the newest here, also when it comes from elsewhere;
                 None for a fresh run, which needs a folder without checkpoints.
+            foreign: whether it comes from elsewhere, and so replaces one of its step here.
 
         Raises:
             RunError: if the folder cannot be written, or the disk is full.
@@ -124,13 +133,14 @@ class CheckpointStore:
         for step, path in files_in(self.folder).items():
             entry = listed.get(step)
             # a file without its line in the list was written just before a kill, or the list is lost
-            wanted = step == checkpoint.step or (step < checkpoint.step and entry is None)
+            same = step == checkpoint.step and not foreign
+            wanted = same or (step < checkpoint.step and entry is None)
             if wanted and self._fault(path, entry) is not None:
                 continue
-            if step <= checkpoint.step:
+            if step < checkpoint.step or same:
                 kept.append(entry or _entry_of(path))
         self._list(kept[-self.keep :])
-        if not kept or kept[-1].step != checkpoint.step:
+        if foreign or not kept or kept[-1].step != checkpoint.step:
             self.save(checkpoint)
 
     def clear(self) -> None:
