@@ -244,11 +244,16 @@ class _Run:
         """The line of the window that ends here; ends the run where the loss is not finite."""
         self.require_finite()
         means = self.window.line(self.sum)
-        line: Line = {"step": self.step, "split": "train", **means}
+        line: Line = {"step": self.step, "split": "train", "epoch": self.epoch, **means}
         line |= {"lr": self.config.lr_at(self.step - 1), "quantizer_share": self.timer.share()}
         self.window.clear()
         self.timer.clear()
         return line
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done; one shows as many pixels as there are to train on."""
+        return self.step / self.images.epoch_steps
 
     def held_out_line(self) -> Line:
         with self.learner.averaged():
@@ -256,6 +261,7 @@ class _Run:
         return {
             "step": self.step,
             "split": "held_out",
+            "epoch": self.epoch,
             "psnr": found.psnr,
             "perplexity": found.perplexity,
             "usage": found.usage,
