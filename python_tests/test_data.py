@@ -78,7 +78,7 @@ def test_every_position_of_a_crop_is_possible(tmp_path):
 
 
 def test_augmented_crops_are_mirrored_and_exposed_anew(tmp_path):
-    """Half of them mirrored; gain in 0.7..1.2 and offset within 0.15, one of each for a whole crop."""
+    """Half of them mirrored; one offset for a crop, within 0.15, and one gain in 0.7..1.2 times 0.75..1.25 for each colour."""
     folder = write_images(tmp_path / "images", count=2, size=(16, 16))
     plain = load_images(config(folder, batch_size=200, augment=False)).batch(5)
     changed = load_images(config(folder, batch_size=200)).batch(5)
@@ -88,12 +88,15 @@ def test_augmented_crops_are_mirrored_and_exposed_anew(tmp_path):
         for candidate in (crop, crop.flip(2)):
             # where nothing was clamped, light is one linear function of light
             inside = (new.abs() < 1).flatten()
-            light = torch.stack([candidate.flatten() + 1, torch.ones(candidate.numel())], 1)[inside]
+            colours = torch.block_diag(*(candidate + 1).flatten(1)[:, :, None])
+            light = torch.cat([colours, torch.ones(candidate.numel(), 1)], 1)[inside]
             found = torch.linalg.lstsq(light, new.flatten()[inside, None] + 1).solution
             error = (light @ found - new.flatten()[inside, None] - 1).abs().max()
             fits.append((float(error), found.flatten().tolist()))
-        error, (gain, offset) = min(fits)
-        assert error < 1e-5 and 0.7 <= gain <= 1.2 and abs(offset) <= 0.15 + 1e-6
+        error, (*gains, offset) = min(fits)
+        assert error < 1e-5 and abs(offset) <= 0.15 + 1e-6
+        assert all(0.7 * 0.75 - 1e-5 <= gain <= 1.2 * 1.25 + 1e-5 for gain in gains)
+        assert max(gains) / min(gains) <= 1.25 / 0.75 + 1e-5
         mirrored += fits[1][0] < fits[0][0]
     assert 70 <= mirrored <= 130
     assert changed.min() >= -1 and changed.max() <= 1

@@ -31,7 +31,7 @@ def compare(
     data: str = _BASE.data,
     steps: int = _BASE.steps,
     batch_size: int = _BASE.batch_size,
-    lr: float = 2e-3,
+    lr: float = 1e-3,
     schedule: Schedule = "cosine",
     rise: float = 0.05,
     latent_dim: int = _BASE.latent_dim,
@@ -62,7 +62,7 @@ def compare(
         latent_dim: Features of a latent and of a code, D.
         width: Channels of the hidden layers.
         crop: Height and width of a training crop, in pixels.
-        augment: Mirror half of the crops and change the exposure of all a little; the flag switches it.
+        augment: Mirror half of the crops, and change exposure and white balance of all a little; the flag switches it.
         workers: Cells at a time, which share the cores. One for each core when left out, one alone with a GPU.
         known: List the methods with their settings, and train nothing.
     """

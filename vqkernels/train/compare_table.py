@@ -207,7 +207,7 @@ def _heading(grid: Grid) -> list[str]:
     base = grid.base
     title = "Methods" if grid.ablation is None else grid.sweep.axis.capitalize()
     crops = f"{base.batch_size} crops of {base.crop}x{base.crop} pixels"
-    augmented = ", mirrored and of other exposure" if base.augment else ""
+    augmented = ", mirrored, of other exposure and white balance" if base.augment else ""
     rise = f" after a rise over {base.rise:.0%} of the steps" if base.rise else ""
     return [
         f"# Comparison: {title}",

@@ -38,6 +38,8 @@ MIN_HELD_OUT_SIDE = 11
 # exposure of a training crop: light is multiplied and added, in units where black is -1 and white is 1
 GAIN = (0.7, 1.2)
 OFFSET = 0.15
+# and of its white balance: each colour is multiplied
+TINT = (0.75, 1.25)
 
 
 class HeldOut(NamedTuple):
@@ -98,7 +100,7 @@ class ImageSet:
             batch_size: crops in a batch.
             factor: held-out pictures are cut at the right and bottom to a multiple of it.
             seed: of the crops.
-            augment: mirror half of the crops and change the exposure of all.
+            augment: mirror half of the crops, and change exposure and white balance of all.
             labels: names of the classes by their numbers, None where the data names none.
             order: in which training pictures are shown, one crop of each in an epoch; None to draw them
                 anew for every batch.
@@ -176,9 +178,10 @@ class ImageSet:
             mirrored = torch.from_numpy(rng.random(self._batch_size)[own] < 0.5)
             gain = rng.uniform(*GAIN, self._batch_size)[own].astype(np.float32)
             offset = rng.uniform(-OFFSET, OFFSET, self._batch_size)[own].astype(np.float32)
+            tint = rng.uniform(*TINT, (self._batch_size, 1, 1, 3))[own].astype(np.float32)
             batch[mirrored] = batch[mirrored].flip(2)
             gain, offset = (torch.from_numpy(value)[:, None, None, None] for value in (gain, offset))
-            batch = ((batch + 1) * gain - 1 + offset).clamp(-1, 1)
+            batch = ((batch + 1) * gain * torch.from_numpy(tint) - 1 + offset).clamp(-1, 1)
         return batch.permute(0, 3, 1, 2)
 
     def validation(self, limit: int | None = None) -> Iterator[HeldOut]:

@@ -122,7 +122,7 @@ class DataOptions:
     """Height and width of a training crop, in pixels."""
 
     augment: bool = True
-    """Half of the crops are mirrored and the exposure of all is changed a little; the flag switches it off."""
+    """Half of the crops are mirrored, and exposure and white balance of all change a little; the flag switches it off."""
 
     batch_size: int = 64
     """Crops in a step, over all processes together."""
