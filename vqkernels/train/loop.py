@@ -65,10 +65,9 @@ def train(
     progress: bool = False,
     on_line: Callable[[Line], None] | None = None,
 ) -> RunResult:
-    """Train a VQ-VAE and leave checkpoints and metrics.jsonl in `config.out`.
+    """Train an autoencoder as a configuration says, and leave checkpoints and metrics.jsonl in `config.out`.
 
-    The loss is the mean squared error of images in [-1, 1] plus the loss of the quantizer. A run that was
-    interrupted or killed and is resumed ends with the weights of an uninterrupted one, bit for bit on a CPU
+    A run that was interrupted or killed and is resumed ends with the weights of an uninterrupted one, bit for bit on a CPU
     with the same number of threads. SIGINT and SIGTERM end the run after the current step, with a checkpoint.
 
     Args:
