@@ -23,8 +23,8 @@ from vqkernels.models import VQVAE
 from vqkernels.nn.metrics import code_counts, perplexity
 from vqkernels.nn.metrics import usage as share_used
 from vqkernels.train.config import TrainConfig
-from vqkernels.train.data import ImageSet, load_images
-from vqkernels.train.evaluate import evaluate
+from vqkernels.train.data.images import ImageSet, load_images
+from vqkernels.train.measures.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, FIGURE = ROOT / "bench/results/papers.jsonl", ROOT / "docs/papers.png"

@@ -22,15 +22,15 @@ import torch
 from timing import HostClock, interleaved
 from torch import Tensor
 
-from vqkernels.train.alternated import Alternated
-from vqkernels.train.bilevel import MetaQuantization
 from vqkernels.train.config import TrainConfig
-from vqkernels.train.data import load_images
-from vqkernels.train.learner import code_group, make_optimizer, rest_group
-from vqkernels.train.losses import ImageLoss
+from vqkernels.train.data.images import load_images
+from vqkernels.train.learners.alternated import Alternated
+from vqkernels.train.learners.base import code_group, make_optimizer, rest_group
+from vqkernels.train.learners.bilevel import MetaQuantization
+from vqkernels.train.learners.losses import ImageLoss
+from vqkernels.train.learners.procedure import Joint, Procedure
 from vqkernels.train.model import build_model
 from vqkernels.train.presets import PRESETS
-from vqkernels.train.procedure import Joint, Procedure
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench/results/procedures.jsonl"

@@ -45,10 +45,10 @@ from vqkernels.nn import (
     kmeans,
 )
 from vqkernels.nn.quantizers.fsq import factor_levels
-from vqkernels.train.alternated import Alternated
-from vqkernels.train.bilevel import MetaQuantization
-from vqkernels.train.data import ImageSet
-from vqkernels.train.procedure import Step
+from vqkernels.train.data.images import ImageSet
+from vqkernels.train.learners.alternated import Alternated
+from vqkernels.train.learners.bilevel import MetaQuantization
+from vqkernels.train.learners.procedure import Step
 
 # features of a latent
 DIM = 4

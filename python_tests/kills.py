@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqkernels.train.checkpoint import load_checkpoint, store_of
+from vqkernels.train.checkpoints.checkpoint import load_checkpoint, store_of
 from vqkernels.train.log import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from vqkernels.train.config import TrainConfig
-from vqkernels.train.data import ImageSet, _to_float
+from vqkernels.train.data.images import ImageSet, _to_float
 from vqkernels.train.loop import train
 
 

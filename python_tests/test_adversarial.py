@@ -17,9 +17,9 @@ from skimage import data
 
 from vqkernels.models import LPIPS, VQGAN, VQVAE
 from vqkernels.nn import build
-from vqkernels.train.adversarial import Adversarial
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.losses import (
+from vqkernels.train.learners.adversarial import Adversarial
+from vqkernels.train.learners.losses import (
     ImageLoss,
     adaptive_weight,
     generator_loss,

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from tiny_autoencoder import B, D, K, Passes, T, autoencoder, batch, optimizers, rounding, same, snapshot
 
 from vqkernels.nn import STE, Codebook, DiVeQ, DiVeQDetach, LatentMeans
-from vqkernels.train.alternated import Alternated
 from vqkernels.train.config import RunError
-from vqkernels.train.procedure import split_parameters
+from vqkernels.train.learners.alternated import Alternated
+from vqkernels.train.learners.procedure import split_parameters
 
 LR = 0.05
 

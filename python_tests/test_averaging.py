@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqkernels.models import VQVAE, TakidaVAE
 from vqkernels.nn import ImportanceReplacement, LatentMeans, TwoPhase, build
-from vqkernels.train.averaging import WeightAverage
-from vqkernels.train.procedure import split_parameters
+from vqkernels.train.learners.averaging import WeightAverage
+from vqkernels.train.learners.procedure import split_parameters
 
 
 def make(method="ste", kind=VQVAE, upkeep=()):

@@ -23,11 +23,11 @@ from torch import nn
 
 from vqkernels.nn import STE, Codebook, DiVeQ, DiVeQDetach, ImportanceReplacement, LatentMeans, TwoPhase
 from vqkernels.nn.codebooks import EMACodebook
-from vqkernels.train import bilevel
-from vqkernels.train.alternated import Alternated
-from vqkernels.train.bilevel import MetaQuantization
 from vqkernels.train.config import RunError
-from vqkernels.train.procedure import Joint, split_parameters
+from vqkernels.train.learners import bilevel
+from vqkernels.train.learners.alternated import Alternated
+from vqkernels.train.learners.bilevel import MetaQuantization
+from vqkernels.train.learners.procedure import Joint, split_parameters
 
 XI = 0.3
 

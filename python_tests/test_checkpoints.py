@@ -9,9 +9,9 @@ import zipfile
 import pytest
 import torch
 
-from vqkernels.train.checkpoint import FORMAT, Checkpoint, load_checkpoint
+from vqkernels.train.checkpoints.checkpoint import FORMAT, Checkpoint, load_checkpoint
+from vqkernels.train.checkpoints.files import open_folder, replace_file
 from vqkernels.train.config import FREE_FIELDS, RunError, TrainConfig
-from vqkernels.train.files import open_folder, replace_file
 from vqkernels.train.model import build_model
 
 SMALL = {"width": 8, "latent_dim": 4, "num_codes": 8, "crop": 16, "batch_size": 2, "residual_blocks": 1}

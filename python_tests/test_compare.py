@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 
 from vqkernels.cli.compare import compare
-from vqkernels.train.compare import CellState, Grid, run_cells
-from vqkernels.train.compare_cell import RESULT, Result, held_out_crops, measure, read_result
-from vqkernels.train.compare_report import report_files, write_report
-from vqkernels.train.compare_table import as_csv, markdown, summarise
+from vqkernels.train.comparison.cell import RESULT, Result, held_out_crops, measure, read_result
+from vqkernels.train.comparison.compare import CellState, Grid, run_cells
+from vqkernels.train.comparison.contenders import ABLATIONS, CONTENDERS, contender
+from vqkernels.train.comparison.report import report_files, write_report
+from vqkernels.train.comparison.table import as_csv, markdown, summarise
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.contenders import ABLATIONS, CONTENDERS, contender
-from vqkernels.train.data import load_images
+from vqkernels.train.data.images import load_images
 from vqkernels.train.log import read_lines
 from vqkernels.train.loop import train
 
@@ -215,7 +215,7 @@ class TestCells:
         log = cells[0].config.metrics_path()
         script = (
             "import sys; from pathlib import Path\n"
-            "from vqkernels.train.compare import Grid, run_cells\n"
+            "from vqkernels.train.comparison.compare import Grid, run_cells\n"
             "from vqkernels.train.config import TrainConfig\n"
             "base = TrainConfig.from_json(sys.argv[1])\n"
             "done = run_cells(Grid(['ste'], [8], [0], base).cells(Path(sys.argv[2])))\n"

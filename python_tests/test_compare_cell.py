@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vqkernels.train.compare_cell import held_out_crops
-from vqkernels.train.data import ImageSet, Picture
+from vqkernels.train.comparison.cell import held_out_crops
+from vqkernels.train.data.images import ImageSet, Picture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +38,7 @@ class TestLock:
 
         monkeypatch.setitem(sys.modules, "fcntl", None)
         monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-        spec = importlib.util.find_spec("vqkernels.train.lock")
+        spec = importlib.util.find_spec("vqkernels.train.checkpoints.lock")
         lock = importlib.util.module_from_spec(spec)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "platform", "win32")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vqkernels.train import data as data_module
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.data import load_images
-from vqkernels.train.held_out import crop_batches
-from vqkernels.train.pictures import PHOTOS_HELD_OUT, PHOTOS_TRAIN, Picture
+from vqkernels.train.data import images as data_module
+from vqkernels.train.data.images import load_images
+from vqkernels.train.data.pictures import PHOTOS_HELD_OUT, PHOTOS_TRAIN, Picture
+from vqkernels.train.measures.held_out import crop_batches
 
 
 def write_images(folder, count=12, size=(24, 20)):

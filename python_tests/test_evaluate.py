@@ -24,13 +24,13 @@ from vqkernels.nn import (
 )
 from vqkernels.nn.gradient_gap import loss_gradient_gap
 from vqkernels.train.config import RunError
-from vqkernels.train.data import ImageSet, Picture
-from vqkernels.train.evaluate import evaluate, modes_of, reconstruct
-from vqkernels.train.fidelity import FeatureNet, fid
-from vqkernels.train.held_out import crop_batches, index_sizes
-from vqkernels.train.latent_plots import embedding_figure
-from vqkernels.train.latents import LatentStudy, embed, measure_gradient_gap, study_latents
-from vqkernels.train.plots import png
+from vqkernels.train.data.images import ImageSet, Picture
+from vqkernels.train.measures.evaluate import evaluate, modes_of, reconstruct
+from vqkernels.train.measures.fidelity import FeatureNet, fid
+from vqkernels.train.measures.held_out import crop_batches, index_sizes
+from vqkernels.train.measures.latents import LatentStudy, embed, measure_gradient_gap, study_latents
+from vqkernels.train.reports.latent_plots import embedding_figure
+from vqkernels.train.reports.plots import png
 
 D, K = 4, 8
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vqkernels.train.config import RunError
-from vqkernels.train.fidelity import FeatureMoments, FeatureNet, fid, frechet_distance
+from vqkernels.train.measures.fidelity import FeatureMoments, FeatureNet, fid, frechet_distance
 
 linalg = pytest.importorskip("scipy.linalg")
 

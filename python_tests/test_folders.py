@@ -8,14 +8,14 @@ import kills
 import pytest
 import torch
 
-from vqkernels.train.checkpoint import store_of
+from vqkernels.train.checkpoints.checkpoint import store_of
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.loop import train
 
 TINY = {key: value for key, value in kills.OPTIONS.items() if key != "keep"} | {"evaluate_every": 100}
 # holds a folder until its input ends, or until it is killed
 HOLDER = (
-    "import sys; from pathlib import Path; from vqkernels.train.files import only_run\n"
+    "import sys; from pathlib import Path; from vqkernels.train.checkpoints.files import only_run\n"
     "with only_run(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
 )
 BUSY = r"train: out must be of one run at a time; got .*run, where one is at work\. Wait"

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("accelerate")
 
 from vqkernels.train.config import TrainConfig
-from vqkernels.train.learners import make_learner
+from vqkernels.train.learners.joint import make_learner
 from vqkernels.train.log import Window
 from vqkernels.train.model import build_model
 

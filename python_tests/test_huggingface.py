@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from test_streams import COUNT, config, dataset, pixels_of, refusal, saved
 
-from vqkernels.train.data import load_images
+from vqkernels.train.data.images import load_images
 
 datasets = pytest.importorskip("datasets")
 

@@ -6,10 +6,10 @@ import kills
 import pytest
 import torch
 
+from vqkernels.train.checkpoints.restore import load_run
 from vqkernels.train.config import TrainConfig
-from vqkernels.train.evaluate import evaluate
 from vqkernels.train.loop import train
-from vqkernels.train.restore import load_run
+from vqkernels.train.measures.evaluate import evaluate
 
 TINY = kills.OPTIONS | {"num_codes": 8, "steps": 6, "checkpoint_every": 6, "log_every": 1, "keep": 1}
 GAME = {"adversarial": 0.8, "discriminator_start": 0.5, "discriminator_width": 4, "discriminator_layers": 1}

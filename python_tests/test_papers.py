@@ -24,8 +24,8 @@ from vqkernels.nn import (
     VectorQuantizer,
 )
 from vqkernels.nn.metrics import code_counts, usage
-from vqkernels.train.data import ImageSet
-from vqkernels.train.pictures import Picture
+from vqkernels.train.data.images import ImageSet
+from vqkernels.train.data.pictures import Picture
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

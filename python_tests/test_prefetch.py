@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vqkernels.train import data as data_module
 from vqkernels.train.config import TrainConfig
-from vqkernels.train.data import ImageSet, load_images
+from vqkernels.train.data import images as data_module
+from vqkernels.train.data.images import ImageSet, load_images
 from vqkernels.train.loop import train
 
 

@@ -12,7 +12,7 @@ from vqkernels.__main__ import main
 from vqkernels.models.priors import GPTPrior, MaskGITPrior
 from vqkernels.models.token_prior import draw_tokens
 from vqkernels.train.config import RunError
-from vqkernels.train.prior_config import PRESETS, PriorConfig
+from vqkernels.train.priors.config import PRESETS, PriorConfig
 
 SMALL = {"layers": 2, "heads": 2, "width": 16}
 

@@ -9,9 +9,9 @@ from tiny_autoencoder import autoencoder, batch, exact_indirect, optimizers, rou
 from vqkernels.models import VQVAE
 from vqkernels.nn import STE, Codebook, DiVeQDetach, VectorQuantizer
 from vqkernels.testing import DEVICE
-from vqkernels.train.alternated import Alternated
-from vqkernels.train.bilevel import MetaQuantization
-from vqkernels.train.procedure import Joint, Step, split_parameters
+from vqkernels.train.learners.alternated import Alternated
+from vqkernels.train.learners.bilevel import MetaQuantization
+from vqkernels.train.learners.procedure import Joint, Step, split_parameters
 
 PROCEDURES = {
     "joint": Joint,

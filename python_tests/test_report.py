@@ -18,14 +18,14 @@ from vqkernels.cli.evaluate import evaluate as command
 from vqkernels.models import VQVAE
 from vqkernels.nn import FSQ, STE, Codebook, Residual, VectorQuantizer
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.data import ImageSet, Picture
-from vqkernels.train.evaluate import evaluate
-from vqkernels.train.latent_plots import embedding_figure, error_figure, use_figure
-from vqkernels.train.latents import Embedding, study_latents
+from vqkernels.train.data.images import ImageSet, Picture
 from vqkernels.train.loop import train
-from vqkernels.train.pages import Illustration, Report, Table, to_html, to_markdown, write_report
-from vqkernels.train.plots import Row, png, reconstruction_figure
-from vqkernels.train.report import make_report
+from vqkernels.train.measures.evaluate import evaluate
+from vqkernels.train.measures.latents import Embedding, study_latents
+from vqkernels.train.reports.latent_plots import embedding_figure, error_figure, use_figure
+from vqkernels.train.reports.pages import Illustration, Report, Table, to_html, to_markdown, write_report
+from vqkernels.train.reports.plots import Row, png, reconstruction_figure
+from vqkernels.train.reports.report import make_report
 
 pytest.importorskip("sklearn")
 
@@ -167,7 +167,7 @@ def test_groups_of_options_hold_every_field(images):
         second: str = "b"
         third: list = field(default_factory=list)
 
-    from vqkernels.train.report import _configuration
+    from vqkernels.train.reports.report import _configuration
 
     tables = {table.title: list(table.rows) for table in _configuration(More())}
     assert tables["What is first"][0] == ("first", "1")
@@ -240,7 +240,7 @@ def test_the_command_measures_and_reports(tmp_path, capsys, monkeypatch):
         warmup=0.3,
     )
     train(config)
-    monkeypatch.setattr("vqkernels.train.losses.LPIPS", Distance)
+    monkeypatch.setattr("vqkernels.train.learners.losses.LPIPS", Distance)
 
     class Means(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:

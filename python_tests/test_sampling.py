@@ -9,11 +9,11 @@ pytest.importorskip("transformers")
 
 from prior_runs import ImageSet, make_autoencoder, walk_with_classes
 
+from vqkernels.train.checkpoints.restore import load_run
 from vqkernels.train.config import RunError
-from vqkernels.train.prior import train_prior
-from vqkernels.train.prior_config import PriorConfig
-from vqkernels.train.restore import load_run
-from vqkernels.train.sampling import SampleOptions, decode_tokens, sample_grid, tile
+from vqkernels.train.priors.config import PriorConfig
+from vqkernels.train.priors.prior import train_prior
+from vqkernels.train.priors.sampling import SampleOptions, decode_tokens, sample_grid, tile
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,9 @@ def test_the_folder_of_a_run_is_its_newest_checkpoint_and_images_may_be_gone(
     train, checkpoint, tmp_path, monkeypatch
 ):
     prior = train()
-    monkeypatch.setattr("vqkernels.train.restore.load_images", lambda config: pytest.fail("images were read"))
+    monkeypatch.setattr(
+        "vqkernels.train.checkpoints.restore.load_images", lambda config: pytest.fail("images were read")
+    )
     run = checkpoint.parent.parent
     assert sample_grid(prior, tmp_path / "a.png", SampleOptions(count=1), checkpoint=run) == (1, 1)
 

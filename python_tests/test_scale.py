@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 from processes import two_processes
 
 from vqkernels.__main__ import main
-from vqkernels.train.checkpoint import load_checkpoint
+from vqkernels.train.checkpoints.checkpoint import load_checkpoint
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.log import read_lines
 from vqkernels.train.loop import train

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vqkernels.train import data as data_module
-from vqkernels.train import shard_index
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.data import load_images
-from vqkernels.train.order import EpochOrder
-from vqkernels.train.pictures import Picture
-from vqkernels.train.prefetch import Prefetch
+from vqkernels.train.data import images as data_module
+from vqkernels.train.data import shard_index
+from vqkernels.train.data.images import load_images
+from vqkernels.train.data.order import EpochOrder
+from vqkernels.train.data.pictures import Picture
+from vqkernels.train.data.prefetch import Prefetch
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("webdataset")

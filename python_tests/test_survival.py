@@ -13,11 +13,11 @@ import kills
 import pytest
 import torch
 
-from vqkernels.train.checkpoint import CheckpointStore, load_checkpoint, store_of
+from vqkernels.train.checkpoints.checkpoint import CheckpointStore, load_checkpoint, store_of
+from vqkernels.train.checkpoints.snapshot import Checkpoint
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.log import MetricsLog, Window, read_lines
 from vqkernels.train.loop import train
-from vqkernels.train.snapshot import Checkpoint
 
 needs_tyro = pytest.mark.skipif(
     find_spec("tyro") is None, reason="tyro reads the command line; it is not installed"

@@ -9,15 +9,15 @@ pytest.importorskip("transformers")
 
 from prior_runs import ImageSet, make_autoencoder, walk_with_classes
 
-from vqkernels.train import prior as prior_module
-from vqkernels.train import tokens as tokens_module
+from vqkernels.train.checkpoints.restore import load_run
 from vqkernels.train.config import RunError
 from vqkernels.train.log import read_lines
-from vqkernels.train.prior import load_prior, train_prior
-from vqkernels.train.prior_config import PriorConfig
-from vqkernels.train.restore import load_run
-from vqkernels.train.token_key import data_identity
-from vqkernels.train.tokens import encode, open_tokens
+from vqkernels.train.priors import prior as prior_module
+from vqkernels.train.priors import tokens as tokens_module
+from vqkernels.train.priors.config import PriorConfig
+from vqkernels.train.priors.prior import load_prior, train_prior
+from vqkernels.train.priors.token_key import data_identity
+from vqkernels.train.priors.tokens import encode, open_tokens
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,15 @@ from PIL import Image
 
 from vqkernels.__main__ import main
 from vqkernels.nn.metrics import code_counts
-from vqkernels.train.checkpoint import load_checkpoint
+from vqkernels.train.checkpoints.checkpoint import load_checkpoint
+from vqkernels.train.checkpoints.restore import load_run
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.data import load_images
+from vqkernels.train.data.images import load_images
 from vqkernels.train.demo import run_demo
-from vqkernels.train.evaluate import evaluate, modes_of, reconstruct, to_pixels
 from vqkernels.train.log import MetricsLog, Window, read_lines
 from vqkernels.train.loop import train
+from vqkernels.train.measures.evaluate import evaluate, modes_of, reconstruct, to_pixels
 from vqkernels.train.model import build_model
-from vqkernels.train.restore import load_run
 from vqkernels.train.timing import QuantizerShare
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from torch import nn
 
 from vqkernels.nn import STE, Codebook, VectorQuantizer
 from vqkernels.testing import DEVICE
-from vqkernels.train.procedure import split_parameters
+from vqkernels.train.learners.procedure import split_parameters
 
 B, T, FEATURES, D, K = 6, 5, 4, 3, 7
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from vqkernels.checks import refuse
 from vqkernels.cli.console import stopped
+from vqkernels.train.comparison.contenders import ABLATIONS, CONTENDERS
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.contenders import ABLATIONS, CONTENDERS
 from vqkernels.train.options import Schedule
 
 if TYPE_CHECKING:
-    from vqkernels.train.compare import CellState
+    from vqkernels.train.comparison.compare import CellState
 
     AblationName = str
 else:
@@ -71,9 +71,9 @@ def compare(
             settings = ", ".join(f"{key} {value}" for key, value in who.overrides.items())
             print(f"{name:<16} {who.label}: {settings}")
         return 0
-    from vqkernels.train.compare import Grid, run_cells
-    from vqkernels.train.compare_report import report_files, write_report
-    from vqkernels.train.files import open_folder
+    from vqkernels.train.checkpoints.files import open_folder
+    from vqkernels.train.comparison.compare import Grid, run_cells
+    from vqkernels.train.comparison.report import report_files, write_report
 
     default = METHODS.split(",") if ablate is None else list(ABLATIONS[ablate].methods)
     sizes = num_codes or ("256,1024" if ablate is None else "256")

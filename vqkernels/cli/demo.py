@@ -16,7 +16,7 @@ def demo(out: Path = Path("runs/demo"), steps: int = 3000, seed: int = 0, fresh:
         fresh: Train again even where a run is finished.
     """
     from vqkernels.train.demo import run_demo
-    from vqkernels.train.report import format_table
+    from vqkernels.train.reports.report import format_table
 
     terminal = sys.stderr.isatty()
     runs, signal = run_demo(

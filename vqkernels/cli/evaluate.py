@@ -32,18 +32,18 @@ def evaluate(
         crops: Held-out crops of the training size to measure as well; rFID is taken over them where there are fewer
             whole images than features.
     """
-    from vqkernels.train.checkpoint import load_checkpoint
+    from vqkernels.train.checkpoints.checkpoint import load_checkpoint
+    from vqkernels.train.checkpoints.files import open_folder
+    from vqkernels.train.checkpoints.restore import load_run
     from vqkernels.train.demo import draw_models, reconstruction_row
-    from vqkernels.train.evaluate import evaluate as measure
-    from vqkernels.train.evaluate import modes_of
-    from vqkernels.train.fidelity import FeatureNet
-    from vqkernels.train.files import open_folder
-    from vqkernels.train.latents import study_latents
+    from vqkernels.train.learners.losses import load_lpips
     from vqkernels.train.log import read_lines
-    from vqkernels.train.losses import load_lpips
-    from vqkernels.train.pages import check_report_path, write_report
-    from vqkernels.train.report import format_more, format_table, make_report
-    from vqkernels.train.restore import load_run
+    from vqkernels.train.measures.evaluate import evaluate as measure
+    from vqkernels.train.measures.evaluate import modes_of
+    from vqkernels.train.measures.fidelity import FeatureNet
+    from vqkernels.train.measures.latents import study_latents
+    from vqkernels.train.reports.pages import check_report_path, write_report
+    from vqkernels.train.reports.report import format_more, format_table, make_report
 
     try:
         check_count("evaluate", "crops", crops, minimum=1)

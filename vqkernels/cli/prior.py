@@ -9,7 +9,7 @@ import tyro
 
 from vqkernels.cli.console import stopped, tell
 from vqkernels.cli.recipes import named
-from vqkernels.train.prior_config import PRESETS, PresetName, PriorConfig
+from vqkernels.train.priors.config import PRESETS, PresetName, PriorConfig
 
 
 def tokens(
@@ -29,7 +29,7 @@ def tokens(
             when left out, else 0.
         cache: Folder where tokens are kept.
     """
-    from vqkernels.train.tokens import open_tokens
+    from vqkernels.train.priors.tokens import open_tokens
 
     found = open_tokens(checkpoint, cache, data=data, crop=crop, stride=stride, say=_say)
     height, width, codes = found.grid
@@ -73,7 +73,7 @@ def run(config: PriorConfig, *, resume: bool) -> int:
         config: of the run.
         resume: whether to go on from a checkpoint.
     """
-    from vqkernels.train.prior import train_prior
+    from vqkernels.train.priors.prior import train_prior
 
     terminal = sys.stderr.isatty()
     result = train_prior(
@@ -116,7 +116,7 @@ def sample(
         seed: Seed of the draws.
         batch_size: Images drawn together.
     """
-    from vqkernels.train.sampling import SampleOptions, sample_grid
+    from vqkernels.train.priors.sampling import SampleOptions, sample_grid
 
     options = SampleOptions(
         count, classes, temperature, top_k, iterations, choice_temperature, seed, batch_size

@@ -106,13 +106,13 @@ def run(config: TrainConfig, *, resume: bool, resume_from: Path | None = None, r
         resume_from: which one; None for the newest.
         report: whether to write report.md and its pictures.
     """
-    from vqkernels.train.evaluate import MOST_IMAGES, evaluate, modes_of
-    from vqkernels.train.latents import study_latents
     from vqkernels.train.log import read_lines
     from vqkernels.train.loop import train
-    from vqkernels.train.pages import write_report
+    from vqkernels.train.measures.evaluate import MOST_IMAGES, evaluate, modes_of
+    from vqkernels.train.measures.latents import study_latents
     from vqkernels.train.processes import leave
-    from vqkernels.train.report import format_table, make_report
+    from vqkernels.train.reports.pages import write_report
+    from vqkernels.train.reports.report import format_table, make_report
 
     terminal = sys.stderr.isatty()
     on_line = None if terminal else tell

@@ -4,7 +4,7 @@ A row takes part when x is finite in it and not all of its indices are negative 
 x is makes a result that is not finite, so that it shows. Results are 0-d float32 unless said otherwise, sums are taken
 in float64. Metrics that gather over updates and processes stand in `vqkernels.nn.meters`.
 
-Not here: SSIM, which `vqkernels.train.evaluate` takes from scikit-image; LPIPS, FID and rFID (FID of reconstructions
+Not here: SSIM, which `vqkernels.train.measures.evaluate` takes from scikit-image; LPIPS, FID and rFID (FID of reconstructions
 against their originals), which need trained weights: `torchmetrics.image` has LearnedPerceptualImagePatchSimilarity
 and FrechetInceptionDistance.
 """

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqkernels.models import ImageAutoencoder
-from vqkernels.train.checkpoint import store_of
+from vqkernels.train.checkpoints.checkpoint import store_of
+from vqkernels.train.checkpoints.files import replace_file
 from vqkernels.train.config import TrainConfig
-from vqkernels.train.data import ImageSet
-from vqkernels.train.evaluate import Evaluation, evaluate, modes_of, reconstruct, to_pixels
-from vqkernels.train.files import replace_file
+from vqkernels.train.data.images import ImageSet
 from vqkernels.train.log import Line, read_lines
 from vqkernels.train.loop import RunResult, train
-from vqkernels.train.plots import Row, draw_reconstructions, draw_training
+from vqkernels.train.measures.evaluate import Evaluation, evaluate, modes_of, reconstruct, to_pixels
+from vqkernels.train.reports.plots import Row, draw_reconstructions, draw_training
 
 LABELS: dict[str, str] = {"sf_diveq": "SF-DiVeQ", "ste": "STE"}
 COLUMNS = 4

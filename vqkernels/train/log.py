@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vqkernels.checks import refuse
 from vqkernels.nn.metrics import code_counts, perplexity, usage
+from vqkernels.train.checkpoints.files import refuse_folder, replace_file, write_all
 from vqkernels.train.config import RunError
-from vqkernels.train.files import refuse_folder, replace_file, write_all
 
 # keeps the PSNR of a perfect reconstruction a number that JSON has
 TINY = 1e-30

@@ -17,17 +17,23 @@ from tqdm import tqdm
 
 from vqkernels.checks import refuse
 from vqkernels.models import ImageAutoencoder
-from vqkernels.train.badstep import BadStep, NotFiniteError, all_finite, refuse_bad_step, save_bad_step
-from vqkernels.train.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, store_of
+from vqkernels.train.checkpoints.badstep import (
+    BadStep,
+    NotFiniteError,
+    all_finite,
+    refuse_bad_step,
+    save_bad_step,
+)
+from vqkernels.train.checkpoints.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, store_of
+from vqkernels.train.checkpoints.files import only_run, open_folder
+from vqkernels.train.checkpoints.generators import restore_rng, rng_states
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.data import ImageSet, load_images
-from vqkernels.train.evaluate import evaluate
-from vqkernels.train.files import only_run, open_folder
-from vqkernels.train.generators import restore_rng, rng_states
-from vqkernels.train.learners import make_learner
+from vqkernels.train.data.images import ImageSet, load_images
+from vqkernels.train.data.prefetch import batches
+from vqkernels.train.learners.joint import make_learner
 from vqkernels.train.log import Line, MetricsLog, Window
+from vqkernels.train.measures.evaluate import evaluate
 from vqkernels.train.model import build_model
-from vqkernels.train.prefetch import batches
 from vqkernels.train.processes import joint_statistics, make_accelerator
 from vqkernels.train.signals import StopSignals
 from vqkernels.train.timing import QuantizerShare

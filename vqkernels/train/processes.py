@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vqkernels.checks import refuse
 from vqkernels.train.config import RunError, TrainConfig
-from vqkernels.train.procedure import mean_over_ranks
+from vqkernels.train.learners.procedure import mean_over_ranks
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vqkernels.models import ImageAutoencoder
-from vqkernels.train.procedure import check_model
+from vqkernels.train.learners.procedure import check_model
 
 
 def shard_model(model: ImageAutoencoder, mesh: DeviceMesh | None = None) -> None:

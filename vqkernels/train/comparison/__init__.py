@@ -1,0 +1,1 @@
+"""Methods x codebook sizes x seeds, cell by cell."""

@@ -1,0 +1,1 @@
+"""Tokens of a trained autoencoder, priors over them, and samples."""

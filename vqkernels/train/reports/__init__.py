@@ -1,0 +1,1 @@
+"""Measurements as text, pictures and pages."""
