@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("accelerate")
 
+from small import SIZES
+
 from vqkernels.train.config import TrainConfig
 from vqkernels.train.learners.joint import make_learner
 from vqkernels.train.log import Window
@@ -16,12 +18,7 @@ from vqkernels.train.model import build_model
 # has shapes and no values, so that whatever asks it for one fails
 DEVICE = torch.device("meta")
 SMALL = {
-    "num_codes": 8,
-    "latent_dim": 4,
-    "width": 8,
-    "residual_blocks": 1,
-    "crop": 16,
-    "batch_size": 4,
+    **SIZES,
     "steps": 40,
     "upkeep": "none",
 }

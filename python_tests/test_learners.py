@@ -13,6 +13,8 @@ from PIL import Image
 pytest.importorskip("accelerate")
 pytest.importorskip("tyro")
 
+from small import SIZES
+
 from vqkernels.__main__ import main
 from vqkernels.train.config import RunError, TrainConfig
 from vqkernels.train.log import read_lines
@@ -22,12 +24,7 @@ from vqkernels.train.options import GROUPS
 from vqkernels.train.presets import PRESETS
 
 SMALL = {
-    "num_codes": 8,
-    "latent_dim": 4,
-    "width": 8,
-    "residual_blocks": 1,
-    "crop": 16,
-    "batch_size": 4,
+    **SIZES,
     "steps": 6,
     "log_every": 2,
     "evaluate_every": 6,

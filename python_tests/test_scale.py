@@ -16,6 +16,7 @@ from PIL import Image
 pytest.importorskip("accelerate")
 
 from processes import two_processes
+from small import SIZES
 
 from vqkernels.__main__ import main
 from vqkernels.train.checkpoints.checkpoint import load_checkpoint
@@ -30,12 +31,7 @@ needs_tyro = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
 SMALL = {
-    "num_codes": 8,
-    "latent_dim": 4,
-    "width": 8,
-    "residual_blocks": 1,
-    "crop": 16,
-    "batch_size": 4,
+    **SIZES,
     "steps": STEPS,
     "log_every": 2,
     "evaluate_every": STEPS,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import SIZES
 
 from vqkernels.__main__ import main
 from vqkernels.nn.metrics import code_counts
@@ -31,12 +32,7 @@ needs_tyro = pytest.mark.skipif(
     find_spec("tyro") is None, reason="tyro reads the command line; it is not installed"
 )
 SMALL = {
-    "num_codes": 8,
-    "latent_dim": 4,
-    "width": 8,
-    "residual_blocks": 1,
-    "crop": 16,
-    "batch_size": 4,
+    **SIZES,
     "steps": 12,
     "log_every": 4,
     "evaluate_every": 6,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from vqkernels.checks import refuse
 from vqkernels.models.lpips import MIN_SIDE
@@ -37,6 +37,63 @@ class RunError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class StoredConfig:
+    """Base of the configurations that a checkpoint stores: dataclasses all of whose fields JSON has.
+
+    Attributes:
+        free: fields that change neither the weights a run ends with nor the numbers it measures.
+    """
+
+    free: ClassVar[frozenset[str]] = frozenset()
+
+    def to_json(self) -> str:
+        """Return the configuration as one JSON object."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: one JSON object with exactly the fields of this class.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            RunError: if the text is not such an object, or a value is out of range.
+        """
+        fix = "Use the version of vqkernels that wrote it"
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            refuse(RunError, cls.__name__, "configuration", "be JSON", error.msg, fix)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            got = sorted(set(values) ^ names) if isinstance(values, Mapping) else type(values).__name__
+            requirement = "have exactly the fields of this version"
+            refuse(RunError, cls.__name__, "configuration", requirement, f"a difference in {got}", fix)
+        # JSON has lists where a configuration has tuples
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**fields)
+
+    def differences(self, other: Self) -> list[str]:
+        """Name the fields that make two runs different.
+
+        Args:
+            other: a configuration to compare with.
+
+        Returns:
+            "field (this value, other value)" for every field outside `free` that differs.
+        """
+        return [
+            f"{field.name} ({getattr(self, field.name)!r}, {getattr(other, field.name)!r})"
+            for field in dataclasses.fields(self)
+            if field.name not in self.free and getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+@dataclass(frozen=True)
 class TrainConfig(
     # fields come in the order of the bases from the last to the first
     RunOptions,
@@ -46,8 +103,11 @@ class TrainConfig(
     DataOptions,
     ModelOptions,
     QuantizerOptions,
+    StoredConfig,
 ):
     """Everything about a run: every field is a flag, and the checkpoint stores them all."""
+
+    free: ClassVar[frozenset[str]] = FREE_FIELDS
 
     def __post_init__(self) -> None:
         """Refuse values no run can have.
@@ -202,52 +262,6 @@ class TrainConfig(
             return self.lr * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise))) / 2
         halved = sum(done >= moment for moment in self.halve_at) if self.schedule == "halving" else 0
         return self.lr * 0.5**halved
-
-    def to_json(self) -> str:
-        """Return the configuration as one JSON object."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "TrainConfig":
-        """Read what `to_json` wrote.
-
-        Args:
-            text: one JSON object with exactly the fields of this class.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            RunError: if the text is not such an object, or a value is out of range.
-        """
-        fix = "Use the version of vqkernels that wrote it"
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            refuse(RunError, "TrainConfig", "configuration", "be JSON", error.msg, fix)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
-            got = sorted(set(values) ^ names) if isinstance(values, Mapping) else type(values).__name__
-            requirement = "have exactly the fields of this version"
-            refuse(RunError, "TrainConfig", "configuration", requirement, f"a difference in {got}", fix)
-        # JSON has lists where a configuration has tuples
-        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-        return cls(**fields)
-
-    def differences(self, other: "TrainConfig") -> list[str]:
-        """Name the fields that make two runs different.
-
-        Args:
-            other: a configuration to compare with.
-
-        Returns:
-            "field (this value, other value)" for every field outside `FREE_FIELDS` that differs.
-        """
-        return [
-            f"{field.name} ({getattr(self, field.name)!r}, {getattr(other, field.name)!r})"
-            for field in dataclasses.fields(self)
-            if field.name not in FREE_FIELDS and getattr(self, field.name) != getattr(other, field.name)
-        ]
 
     def checkpoint_path(self) -> Path:
         """Return the folder where the run keeps its checkpoints."""

@@ -6,13 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import torch
 
@@ -22,6 +19,7 @@ from vqkernels.train.comparison.cell import CONFIG, ERRORS, STOPPED, Result, rea
 from vqkernels.train.comparison.contenders import ABLATIONS, Ablation, Variant, contender, with_settings
 from vqkernels.train.config import FREE_FIELDS, RunError, TrainConfig
 from vqkernels.train.priors.token_key import data_identity
+from vqkernels.train.signals import StopSignals
 
 # between two looks at the processes, in seconds
 PAUSE = 0.2
@@ -191,7 +189,7 @@ def run_cells(
         if on_change is not None:
             on_change(list(states.values()), changed)
 
-    with _StopSignals() as stop:
+    with StopSignals() as stop:
         tell(None)
         try:
             while (waiting or running) and stop.name is None:
@@ -278,25 +276,3 @@ def _close(process: "subprocess.Popen[bytes]") -> None:
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass
-class _StopSignals:
-    """Turns the first SIGINT or SIGTERM into a name to look at."""
-
-    name: str | None = None
-    _before: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> Self:
-        # python lets only the main thread set handlers
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name

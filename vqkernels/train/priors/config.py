@@ -1,15 +1,13 @@
 """One training of a prior in one frozen dataclass, and the papers' settings."""
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from vqkernels.checks import check_choice, check_count, check_flag, check_number, refuse
-from vqkernels.train.config import RunError
+from vqkernels.train.config import RunError, StoredConfig
 
 PriorName = Literal["gpt", "maskgit"]
 Precision = Literal["no", "fp16", "bf16"]
@@ -21,8 +19,10 @@ FREE_FIELDS = TOKEN_FIELDS | {"out", "checkpoint_every", "log_every", "evaluate_
 
 
 @dataclass(frozen=True)
-class PriorConfig:
+class PriorConfig(StoredConfig):
     """Train a prior over the tokens of an autoencoder: every field is a flag, and the checkpoint stores them all."""
+
+    free: ClassVar[frozenset[str]] = FREE_FIELDS
 
     checkpoint: str = "runs/train"
     """Checkpoint of the autoencoder whose tokens are learned, or the folder of its run for the newest."""
@@ -180,50 +180,6 @@ class PriorConfig:
         first = first if self.keep_start is None else self.keep_start
         last = last if self.keep_end is None else self.keep_end
         return first * (1 - done) + last * done
-
-    def to_json(self) -> str:
-        """Return the configuration as one JSON object."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "PriorConfig":
-        """Read what `to_json` wrote.
-
-        Args:
-            text: one JSON object with exactly the fields of this class.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            RunError: if the text is not such an object, or a value is out of range.
-        """
-        fix = "Use the version of vqkernels that wrote it"
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            refuse(RunError, "PriorConfig", "configuration", "be JSON", error.msg, fix)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
-            got = sorted(set(values) ^ names) if isinstance(values, Mapping) else type(values).__name__
-            requirement = "have exactly the fields of this version"
-            refuse(RunError, "PriorConfig", "configuration", requirement, f"a difference in {got}", fix)
-        return cls(**values)
-
-    def differences(self, other: "PriorConfig") -> list[str]:
-        """Name the fields that make two runs different.
-
-        Args:
-            other: a configuration to compare with.
-
-        Returns:
-            "field (this value, other value)" for every field outside `FREE_FIELDS` that differs.
-        """
-        return [
-            f"{field.name} ({getattr(self, field.name)!r}, {getattr(other, field.name)!r})"
-            for field in dataclasses.fields(self)
-            if field.name not in FREE_FIELDS and getattr(self, field.name) != getattr(other, field.name)
-        ]
 
     def checkpoint_path(self) -> Path:
         """Return where the run keeps its checkpoint."""
