@@ -29,7 +29,7 @@ class Panel:
 PANELS = (
     Panel(
         "Hypergradient (MQ figure 4)",
-        "length of the gradient of what codes are made of",
+        "length of the gradient",
         {"direct_norm": "direct", "indirect_norm": "indirect"},
         log=True,
     ),
