@@ -151,19 +151,18 @@ class TrainConfig(
                 refuse(ValueError, NAME, field, requirement, got, fix)
 
     def _check_codes(self) -> None:
-        name = NAME
         if not self.method.upkeep and self.upkeep not in ("paper", "none"):
             requirement = f"be paper or none for {self.quantizer}, which has no codes to keep alive"
-            refuse(ValueError, name, "upkeep", requirement, self.upkeep, "Leave --upkeep out")
+            refuse(ValueError, NAME, "upkeep", requirement, self.upkeep, "Leave --upkeep out")
         if self.replaces and self.method.segments:
             requirement = (
                 f"be paper, warmup or none for {self.quantizer}, whose training indices are segments"
             )
-            refuse(ValueError, name, "upkeep", requirement, self.upkeep, "Leave --upkeep out")
+            refuse(ValueError, NAME, "upkeep", requirement, self.upkeep, "Leave --upkeep out")
         if self.start == "kmeans" and (self.warms_up or not self.method.upkeep):
             why = "start as means of latents" if self.warms_up else "have no codes that can be overwritten"
             requirement = f"be plain for runs of {self.quantizer}, which {why}"
-            refuse(ValueError, name, "start", requirement, self.start, "Leave --start out")
+            refuse(ValueError, NAME, "start", requirement, self.start, "Leave --start out")
 
     def _check_objective(self) -> None:
         if self.procedure != "joint":

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vqkernels.checks import check_choice
 from vqkernels.train.config import TrainConfig
 
 PresetName = Literal["small", "vqvae", "huh", "mq", "vqgan", "mqgan"]
@@ -60,6 +59,19 @@ _GAN_SCALED = {
     "adversarial": 0.1,
 }
 
+# of Huh table 8 and MQ 5.1, for images of 128x128
+_FACES_FULL = {
+    "num_codes": 1024,
+    "width": 64,
+    "latent_dim": 64,
+    "downsamplings": 3,
+    "crop": 128,
+    "lr": 1e-4,
+    "steps": 200_000,
+    "checkpoint_every": 1000,
+    "evaluate_every": 1000,
+}
+
 # MQ 4.1 and 5: an MLP from 32 to 256 to the features of a latent makes the codes
 _META = {
     "quantizer": "mq",
@@ -113,35 +125,14 @@ PRESETS: dict[str, Preset] = {
             "rise": 0.1,
             "augment": False,
         },
-        full={
-            "num_codes": 1024,
-            "width": 64,
-            "latent_dim": 64,
-            "downsamplings": 3,
-            "crop": 128,
-            "lr": 1e-4,
-            "steps": 200_000,
-            "checkpoint_every": 1000,
-            "evaluate_every": 1000,
-        },
+        full=_FACES_FULL,
         scaled={"num_codes": 256, "lr": 1e-3, "steps": 1500},
     ),
     "mq": Preset(
         "Meta-Quantization: a hyper-net whose codes descend the loss after the model's next step",
         "MQ 4 and 5.1",
         {**_META, "betas": (0.9, 0.95), "augment": False},
-        full={
-            "backbone": "takida",
-            "num_codes": 1024,
-            "width": 64,
-            "latent_dim": 64,
-            "downsamplings": 3,
-            "crop": 128,
-            "lr": 1e-4,
-            "steps": 200_000,
-            "checkpoint_every": 1000,
-            "evaluate_every": 1000,
-        },
+        full={**_FACES_FULL, "backbone": "takida"},
         scaled={"num_codes": 256, "lr": 1e-3, "codes_rate": 10.0, "steps": 1200},
     ),
     "vqgan": Preset(
@@ -179,16 +170,3 @@ PRESETS: dict[str, Preset] = {
         scaled={**_GAN_SCALED, "codes_rate": 10.0},
     ),
 }
-
-
-def preset(name: str, *, full: bool = False) -> TrainConfig:
-    """Return the configuration of a recipe.
-
-    Args:
-        name: a key of `PRESETS`.
-        full: the paper's size instead of the one for two cores.
-
-    Raises:
-        ValueError: there is no such recipe.
-    """
-    return PRESETS[check_choice("train", "preset", name, tuple(PRESETS))].config(full=full)
