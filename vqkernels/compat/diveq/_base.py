@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vqkernels.checks import check_count, check_floating, check_flag, refuse
+from vqkernels.checks import check_count, check_flag, check_floating, refuse
 from vqkernels.compat.face import Face
 from vqkernels.nn._random import draw_seed, first_row
 from vqkernels.nn.estimators.base import Context
