@@ -25,7 +25,7 @@ def get_vq_layers(model: nn.Module) -> list[nn.Module]:
     return [part for part in model.modules() if is_vq(part)]
 
 
-class no_vq:  # noqa: N801
+class no_vq:
     """Quantizers of a network pass their input on, from construction until the `with` block ends.
 
     At the end each is as it was: one that was off before stays off, where vqtorch turns all of them on.

@@ -1,4 +1,4 @@
-"""Codes that start by k-means, and codes that nobody chose for long."""
+"""What changes codes inside a forward: their start, an inner optimizer, and the replacement of unused ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqkernels import philox
@@ -16,6 +17,7 @@ from vqkernels.nn.quantizers.base import recomputing
 from vqkernels.nn.upkeep.kmeans import kmeans
 from vqkernels.nn.upkeep.lru import _sample
 from vqkernels.nn.upkeep.recent import usable
+from vqkernels.ops import code_sums
 from vqkernels.ops.philox import philox_op
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def replace_unused(vq: VectorQuant, x: Tensor, indices: Tensor) -> None:
     used = all_sum(code_counts(torch.where(good, indices, -1), books * size)) > 0
     # a codebook that does not divide has fewer codes than counters
     left = vq._counts[: books * size]
-    left.copy_(torch.where(used, vq.replace_freq, left - used.any()))
+    left.copy_(torch.where(used, vq.replace_freq, left - used.any().to(left.dtype)))
     # smaller than its neighbours, so that what is loaded by a hair too low is caught as well
     dead = (left <= 0).view(books, size)
     fresh, found = zip(
@@ -107,3 +109,30 @@ def centroids(x: Tensor, num_codes: int) -> Tensor:
     _, noise = philox_op(seed, num_codes, (x.shape[1] + 3) // 4, philox.NOISE, 0)
     turn = torch.arange(num_codes, device=x.device) % len(rows)
     return of_first_rank(rows[turn] + 1e-3 * noise.flatten(1)[:, : x.shape[1]].to(rows.dtype))
+
+
+@torch.no_grad()
+def inner_step(vq: VectorQuant, x: Tensor, indices: Tensor) -> None:
+    """A step of the inner optimizer on mean (sg[x] - c_i)^2 over all ranks, groups and features.
+
+    Args:
+        x: (S, n, D), what each of S codebooks searched for.
+        indices: (S, n) codes of all codebooks together.
+    """
+    optimizer, weight = vq.inplace_codebook_optimizer, vq.codebook.weight
+    if optimizer is None or not weight.requires_grad:
+        return
+    codes = vq.get_codebook()
+    counts, sums = code_sums(F.embedding(indices, codes) - x, indices, len(codes))
+    rows = all_sum(counts.sum()).clamp_min(1)
+    grad = 2 / (rows * codes.shape[1]) * all_sum(sums)
+    if hasattr(vq, "affine_transform"):
+        scale, _ = vq.affine_transform.get_affine_params()
+        blocks = grad.view(len(x), vq.affine_transform.num_groups, -1, grad.shape[1])
+        grad = (scale * blocks).view_as(grad)
+    # what the outer optimizer has gathered there is not ours
+    kept, weight.grad = weight.grad, grad.to(weight.dtype)
+    try:
+        optimizer.step()
+    finally:
+        weight.grad = kept

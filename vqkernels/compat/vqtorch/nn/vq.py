@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 
 from vqkernels.checks import check_count, check_flag, check_number, refuse
 from vqkernels.compat.face import Face, unserved
+from vqkernels.compat.vqtorch.nn.adoption import carry, options_of
 from vqkernels.compat.vqtorch.nn.affine import AffineTransform
 from vqkernels.compat.vqtorch.nn.norms import check_cb_norm, norm_of_latents, normalize_codes
-from vqkernels.compat.vqtorch.nn.upkeep import centroids, lru_replacement, replace_unused
+from vqkernels.compat.vqtorch.nn.upkeep import centroids, inner_step, lru_replacement, replace_unused
 from vqkernels.nn._autocast import full_precision
-from vqkernels.nn._random import all_sum
 from vqkernels.nn.quantizers.base import recomputing
-from vqkernels.ops import code_sums, nearest_code, straight_through
+from vqkernels.ops import nearest_code, straight_through
 
 Optimizers = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
@@ -204,7 +203,7 @@ class VectorQuant(Face):
             normalize_codes(self.codebook.weight, self.codebook_norm)
             found = self._search(rows, self._codes().detach())
             if self.training and self.inplace_codebook_optimizer is not None and not recomputing():
-                self._step(found)
+                inner_step(self, found.rows, found.chosen)
             codes = self._codes()  # (S, K, D)
             z_q, result = self._cross(rows, codes.flatten(0, 1), found)
             if self.training and self.replace_freq > 0:
@@ -288,28 +287,6 @@ class VectorQuant(Face):
         books = rows.reshape(1, -1, rows.shape[-1]) if self.books == 1 else rows.movedim(-2, 0).flatten(1, -2)
         return torch.stack([centroids(book, self.group_size) for book in books])
 
-    @torch.no_grad()
-    def _step(self, found: Search) -> None:
-        """A step of the inner optimizer on mean (sg[x] - c_i)^2 over all ranks, groups and features."""
-        optimizer, weight = self.inplace_codebook_optimizer, self.codebook.weight
-        if optimizer is None or not weight.requires_grad:
-            return
-        codes = self._codes().flatten(0, 1)
-        away = F.embedding(found.chosen, codes) - found.rows
-        counts, sums = code_sums(away, found.chosen, len(codes))
-        rows = all_sum(counts.sum()).clamp_min(1)
-        grad = 2 / (rows * codes.shape[1]) * all_sum(sums)
-        if hasattr(self, "affine_transform"):
-            scale, _ = self.affine_transform.get_affine_params()
-            blocks = grad.view(self.books, self.affine_transform.num_groups, -1, grad.shape[1])
-            grad = (scale * blocks).view_as(grad)
-        # what the outer optimizer has gathered there is not ours
-        kept, weight.grad = weight.grad, grad.to(weight.dtype)
-        try:
-            optimizer.step()
-        finally:
-            weight.grad = kept
-
     def prepare_inputs(self, z: Tensor, groups: int) -> Tensor:
         """Latents (..., G, D), normalised, of a tensor z with features at `dim`.
 
@@ -364,49 +341,11 @@ class VectorQuant(Face):
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:
         """The keywords that would construct `peer` anew."""
-        name, affine = cls.__name__, getattr(peer, "affine_transform", None)
-        if affine is not None and affine.use_running_statistics:
-            fix = "Use vqkernels.nn.AffineEMACodebook"
-            unserved(name, "affine_transform.use_running_statistics", True, fix)
-        if peer.topk != 1:
-            unserved(name, "topk", peer.topk, "Set it to 1")
-        hook = _replacement(peer)
-        if hook is not None and hook.policy != "input_random":
-            unserved(name, "policy", repr(hook.policy), "Set it to 'input_random'")
-        optimizer = getattr(peer, "inplace_codebook_optimizer", None)
-        return {
-            "feature_size": peer.feature_size,
-            "num_codes": peer.num_codes,
-            "beta": peer.beta,
-            "sync_nu": peer.nu,
-            "affine_lr": 0.0 if affine is None else affine.lr_scale,
-            "affine_groups": 1 if affine is None else affine.num_groups,
-            "replace_freq": 0 if hook is None else hook.timeout,
-            "inplace_optimizer": None if optimizer is None else partial(_given, optimizer),
-            "dim": peer.dim,
-            "norm": peer.norm,
-            "cb_norm": peer.codebook_norm,
-            "kmeans_init": "data_initialized" in peer._buffers,
-        }
+        return options_of(cls.__name__, peer)
 
     def carry(self, peer: nn.Module) -> None:
         """The peer's own submodules, switch and optimizer; its hooks that start and replace codes are left behind."""
-        self.enabled = peer.enabled
-        self.norm_layer = peer.norm_layer if self.norm in ("bn", "gn", "in") else self.norm_layer
-        self.codebook = peer.codebook
-        hook = _replacement(peer)
-        if hook is not None:
-            self.replace_rho = hook.rho
-        for number, each in list(self._forward_hooks.items()):
-            if each is hook or getattr(each, "__name__", "") == "data_dependent_init_forward_hook":
-                del self._forward_hooks[number]
-        optimizer, weight = self.inplace_codebook_optimizer, self.codebook.weight
-        if optimizer is not None and not any(
-            weight is p for g in optimizer.param_groups for p in g["params"]
-        ):
-            # in groups the peer's holds an embedding that is no longer there
-            optimizer.state.clear()
-            optimizer.param_groups[0]["params"] = [weight]
+        carry(self, peer)
 
     @staticmethod
     def outcome(result: tuple) -> tuple[Tensor, Tensor]:
@@ -424,13 +363,3 @@ class VectorQuant(Face):
     def _searched(rows: Tensor, chosen: Tensor) -> Tensor:
         """What was searched in rows (..., G, D) before `chosen` were found."""
         return rows
-
-
-def _given(optimizer: torch.optim.Optimizer, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    return optimizer
-
-
-def _replacement(peer: nn.Module) -> Any:
-    """The peer's replacement of codes, which is a hook."""
-    hooks = (hook for hook in peer._forward_hooks.values() if type(hook).__name__ == "ReplaceLRU")
-    return next(hooks, None)
