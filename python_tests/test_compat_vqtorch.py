@@ -217,13 +217,13 @@ def test_codes_of_half_precision_latents_far_from_zero_are_the_nearest():
 
 def test_norms_are_those_of_vqtorch():
     z = 30 * latents(2, D, 5, 5)
-    one = GroupVectorQuant(D, K, groups=2, norm="l2")(z)[1]["z"].norm(dim=-1)
+    one = GroupVectorQuant(D, K, groups=2, norm="l2").to(DEVICE)(z)[1]["z"].norm(dim=-1)
     torch.testing.assert_close(one, torch.ones_like(one))
     short = z.movedim(1, -1).unflatten(-1, (2, -1))
-    ten = GroupVectorQuant(D, K, groups=2, norm="l2c")(z)[1]["z"]
+    ten = GroupVectorQuant(D, K, groups=2, norm="l2c").to(DEVICE)(z)[1]["z"]
     length = short.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(ten, short / length * length.clamp(max=10), rtol=0, atol=1e-6)
-    usual = VectorQuant(D, K, norm="bn").to(DEVICE).double()(z)[1]["z"].flatten(0, 2)
+    usual = VectorQuant(D, K, norm="bn").to(DEVICE).double()(z)[1]["z"].flatten(0, -2)
     torch.testing.assert_close(usual.mean(0), torch.zeros(D, device=DEVICE).double(), rtol=0, atol=1e-12)
     face = VectorQuant(D, K, cb_norm="l2").to(DEVICE)
     nn.init.normal_(face.codebook.weight, std=10)
