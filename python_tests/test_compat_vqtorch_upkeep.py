@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from vqtorch_equations import EPS, KINDS, D, K, equations, latents, made, shown
 
 from vqkernels.compat.vqtorch.nn import ResidualVectorQuant, VectorQuant
@@ -76,7 +76,7 @@ def test_codes_that_nobody_chose_become_latents_that_their_codebook_searched(kin
     assert (face._counts[due] == 3).all()
 
 
-def test_what_happens_inside_a_forward_reaches_no_pending_gradient_and_counts_once():
+def test_what_happens_inside_a_forward_reaches_no_pending_gradient():
     z = latents(2, D, 10)
     for options in ({"replace_freq": 2}, {"cb_norm": "l2"}, {"replace_freq": 2, "affine_lr": 1.0}):
         face = made(KINDS[0], **options)
@@ -91,10 +91,20 @@ def test_what_happens_inside_a_forward_reaches_no_pending_gradient_and_counts_on
             total.backward()
             runs.append(layer.codebook.weight.grad)
         torch.testing.assert_close(*runs, rtol=0, atol=1e-12 if options.get("cb_norm") is None else 1e-7)
-    face = made(KINDS[0], replace_freq=9)
-    x = z.clone().requires_grad_()
-    checkpoint(lambda value: face(value)[0], x, use_reentrant=False).sum().backward()
+
+
+def test_a_region_that_runs_again_counts_and_steps_once():
+    inner = {"beta": 1.0, "inplace_optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
+    face = made(KINDS[0], replace_freq=9, **inner)
+    once = copy.deepcopy(face)
+    once.inplace_codebook_optimizer = torch.optim.SGD(once.codebook.parameters(), lr=1.0)
+    z = latents(2, D, 10).requires_grad_()
+    once(z)
+    # without it the region ends, the second time, before it has come to what is tested
+    with set_checkpoint_early_stop(False):
+        checkpoint(lambda value: face(value)[0], z, use_reentrant=False).sum().backward()
     assert face._counts.min() == 8
+    assert torch.equal(face.codebook.weight, once.codebook.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
