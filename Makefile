@@ -2,9 +2,10 @@
 # make test        all tests of a machine without a GPU
 # make check       format, lint, types, then the tests
 # make sanitize    the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer, in builds of their own
-# make bench       time the ops beside their peers and all quantizers; writes bench/results, the figures of docs and the tables of README.md
-# make papers      train every row of the papers' tables on photographs; writes bench/results, docs and README.md
+# make bench       time the ops beside their peers and all quantizers; writes bench/results, the figures of docs and the tables of README.md and docs
+# make papers      train every row of the papers' tables on photographs; writes bench/results and docs/papers.md
 # make bench-micro time every compiled op alone
+# make docs        build the documentation into build/site; no network, no warning
 # make gpu         on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
 PYTHON ?= python3
@@ -14,12 +15,14 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # optional: those of the extra bench of pyproject.toml that we are compared with
 PEERS := faiss-cpu scikit-learn pykeops vector-quantize-pytorch diveq
 SOURCES := pyproject.toml setup.py CMakeLists.txt vqkernels/__init__.py $(shell find csrc -type f)
-FORMATTED := vqkernels python_tests bench setup.py
+FORMATTED := vqkernels python_tests bench docs setup.py
 
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
 
-.PHONY: demo test check check-all sanitize bench papers bench-micro gpu lint format native clean
+SITE := build/site
+
+.PHONY: demo test check check-all sanitize bench papers docs bench-micro gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -41,17 +44,21 @@ bench: $(VENV)/bench
 	$(PY) bench/run.py --isas avx2 --fresh
 	$(PY) bench/curves.py
 	$(PY) bench/figures.py
-	$(PY) bench/readme.py README.md
+	$(PY) bench/readme.py README.md docs/speed.md
 	$(PY) bench/quantizers.py
-	$(PY) bench/family.py README.md docs/quantizers.md
+	$(PY) bench/family.py docs/quantizers.md docs/papers.md
 
 papers: $(VENV)/bench
 	$(PY) bench/papers.py
-	$(PY) bench/family.py README.md docs/quantizers.md
+	$(PY) bench/family.py docs/quantizers.md docs/papers.md
 
 bench-micro: $(VENV)/bench
 	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=func --benchmark-sort=fullname
+
+docs: $(VENV)/docs
+	$(PY) -m mkdocs build --quiet --strict --site-dir $(SITE)
+	@echo "open $(SITE)/index.html"
 
 gpu:
 	$(PYTHON) bench/gpu.py
@@ -89,6 +96,10 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/torch $(SOURCES) mkdocs.yml
+	$(PIP) --no-build-isolation --editable ".[train,docs]"
 	touch $@
 
 # one by one: a peer that has no wheel here must not keep the others away, and the bench says who is missing
