@@ -44,7 +44,7 @@ bench: $(VENV)/bench
 	$(PY) bench/run.py --isas avx2 --fresh
 	$(PY) bench/curves.py
 	$(PY) bench/figures.py
-	$(PY) bench/readme.py README.md docs/speed.md
+	$(PY) bench/readme.py README.md docs/speed.md docs/memory.md
 	$(PY) bench/quantizers.py
 	$(PY) bench/family.py docs/quantizers.md docs/papers.md
 

@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held = [name for name in BLOCKS if readme.marks(name)[0] in whole]
         if not held:
             print(
-                f"family: {path} must hold a block; got none. Add {readme.marks('all quantizers')[0]}.", file=sys.stderr
+                f"family: {path} must hold a block; got none. Add {readme.marks('all quantizers')[0]}.",
+                file=sys.stderr,
             )
             return 2
         for name in held:

@@ -1,9 +1,10 @@
 """Write the tables of a run into Markdown files, between marks.
 
-    python bench/readme.py [README.md docs/speed.md] [--results bench/results/cpu.jsonl]
+    python bench/readme.py [README.md docs/speed.md docs/memory.md] [--results bench/results/cpu.jsonl]
 
 A file holds the lines `<!-- bench: begin -->` and `<!-- bench: end -->`, between which the table of searches is put, or
-`<!-- all benches: begin -->` and `<!-- all benches: end -->` for all there is to say, pictures included.
+`<!-- all benches: begin -->` and `<!-- all benches: end -->` for all there is to say, pictures included; `memory` is the
+table of what layers take.
 """
 
 from __future__ import annotations
@@ -76,6 +77,22 @@ def markdown(found: Iterable[Record], dtype: str = "float32", *, root: Path = PI
     if parts:
         parts += [f"![{words}]({path})" for path, words in FIGURES.items() if (root / path).exists()]
     return "\n\n".join(parts)
+
+
+def memory(found: Iterable[Record], dtype: str = "float32", *, root: Path = PICTURES) -> str:
+    """The table of what forward and backward of layers take beyond inputs, outputs and gradients."""
+    measured = [each for each in records.timed(found).values() if each["dtype"] == dtype]
+    layer = [each for each in measured if each["case"] == "layer"]
+    versions = _versions(layer) if layer else _Versions()
+    heads = {LAYER: "`diveq`", CURVE: "`sf_diveq`"}
+    heads |= {name: head.format_map(versions) for name, (head, _) in LAYERS.items()}
+    names = [name for name in heads if any(each["name"] == name for each in layer)]
+    by_key = {(tuple(each["shape"]), each["name"]): each for each in layer}
+    rows = [["forward + backward (N, K, D)", *(heads[name] for name in names)]]
+    for shape in dict.fromkeys(tuple(each["shape"]) for each in layer):
+        cells = [by_key.get((shape, name)) for name in names]
+        rows.append([_shape(shape), *("-" if one is None else _memory(one) for one in cells)])
+    return _table(rows)
 
 
 def peak(measured: Iterable[Record]) -> float | None:
@@ -238,7 +255,7 @@ def _floored(share: float) -> float:
 
 
 # what stands between which marks
-BLOCKS: dict[str, Callable[..., str]] = {"bench": short, "all benches": markdown}
+BLOCKS: dict[str, Callable[..., str]] = {"bench": short, "all benches": markdown, "memory": memory}
 
 
 def marks(name: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Draw the pictures of the pages that explain, from our own ops and from what was measured.
 
-    python docs/figures.py [exactness estimators memory] [--out docs]
+python docs/figures.py [exactness estimators memory] [--out docs]
 """
 
 from __future__ import annotations
@@ -55,9 +55,18 @@ def exactness(path: Path) -> None:
         axis.text(SHOWN - 0.4, limit, "best score - 2E ", ha="right", va="bottom", color=ORANGE, fontsize=9)
         places = list(range(SHOWN))
         axis.errorbar(
-            places, best[row].tolist(), yerr=span, fmt="o", ms=4, color=GREY, capsize=3, label="bfloat16 score ± E"
+            places,
+            best[row].tolist(),
+            yerr=span,
+            fmt="o",
+            ms=4,
+            color=GREY,
+            capsize=3,
+            label="bfloat16 score ± E",
         )
-        axis.plot(places, exact[row, order[row]].tolist(), "_", ms=14, mew=2, color=BLUE, label="float64 score")
+        axis.plot(
+            places, exact[row, order[row]].tolist(), "_", ms=14, mew=2, color=BLUE, label="float64 score"
+        )
         at = order[row].tolist().index(int(winners[row]))
         value = float(exact[row, winners[row]])
         axis.plot(at, value, "*", ms=15, color=GREEN, label="nearest_code", zorder=5)
@@ -66,7 +75,7 @@ def exactness(path: Path) -> None:
         axis.set_title(f"a row that is {title}", fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("x · c - |c|² / 2")
-    axes[0].legend(frameon=False, fontsize=9, loc="upper right")
+    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
     _save(figure, path)
 
 
@@ -81,7 +90,11 @@ def estimators(path: Path) -> None:
     noise = 0.12
     reached = (
         ("STE: z is the code, dL/dx = dL/dz", straight_through(x, codebook, indices).z, None),
-        (f"DiVeQ: as far as the code, noise_std {noise}", diveq(x, codebook, noise_std=noise, seed=1).z, None),
+        (
+            f"DiVeQ: as far as the code, noise_std {noise}",
+            diveq(x, codebook, noise_std=noise, seed=1).z,
+            None,
+        ),
         (
             "SF-DiVeQ: to points on the curve through the codes",
             sf_diveq(x, codebook, noise_std=0.02, seed=1).z,
@@ -90,8 +103,9 @@ def estimators(path: Path) -> None:
     )
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.6), sharex=True, sharey=True)
     for axis, (title, z, curve) in zip(axes, reached, strict=True):
-        _voronoi(axis, codebook)
-        if curve is not None:
+        if curve is None:
+            _voronoi(axis, codebook)
+        else:
             axis.plot(*curve.T, color=ORANGE, lw=2, alpha=0.6, zorder=1)
         lines = LineCollection(torch.stack([x, z], 1).tolist(), colors=BLUE, lw=0.7, alpha=0.55)
         axis.add_collection(lines)
@@ -122,10 +136,18 @@ def memory(path: Path) -> None:
     looks = {"vqkernels native": ("ours, exact", GREEN), "faiss-cpu IndexFlatL2": ("faiss-cpu", BLUE)}
     for name, (words, colour) in looks.items():
         mine = [each for each in found if each["name"] == name]
-        axis.plot([r["shape"][0] for r in mine], [r["extra_mb"] for r in mine], "o-", color=colour, label=words)
+        axis.plot(
+            [r["shape"][0] for r in mine], [r["extra_mb"] for r in mine], "o-", color=colour, label=words
+        )
     shapes = sorted({tuple(each["shape"]) for each in found})
     matrix = [4e-6 * n * k for n, k, _ in shapes]
-    axis.plot([n for n, _, _ in shapes], matrix, "--", color=ORANGE, label="N x K float32 (arithmetic, not measured)")
+    axis.plot(
+        [n for n, _, _ in shapes],
+        matrix,
+        "--",
+        color=ORANGE,
+        label="N x K float32 (arithmetic, not measured)",
+    )
     axis.set(xscale="log", yscale="log", xlabel="rows N", ylabel="MB beyond inputs and outputs")
     axis.set_title(f"search, K = {shapes[0][1]}, D = {shapes[0][2]}, float32", fontsize=11)
     axis.grid(alpha=0.25)
@@ -151,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     options = parser.parse_args(arguments)
     if unknown := set(options.pictures) - set(PICTURES):
-        parser.error(f"pictures must be of {', '.join(PICTURES)}; got {', '.join(sorted(unknown))}. Name these.")
+        parser.error(
+            f"pictures must be of {', '.join(PICTURES)}; got {', '.join(sorted(unknown))}. Name these."
+        )
     for name in options.pictures or PICTURES:
         PICTURES[name](options.out / f"{name}.png")
         print(options.out / f"{name}.png")
