@@ -57,7 +57,7 @@ bench-micro: $(VENV)/bench
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=func --benchmark-sort=fullname
 
 docs: $(VENV)/docs
-	$(PY) -m mkdocs build --quiet --strict --site-dir $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir $(SITE)
 	@echo "open $(SITE)/index.html"
 
 gpu:

@@ -72,18 +72,16 @@ def differences(module: str) -> str:
     faces.pop("Face", None)
     if not faces:
         raise ValueError(f"hooks: {module} must export a face; got none. Name its module in the mark.")
-    # what holds for all of them is said once
-    shared = (
-        set.intersection(*(set(face.differences) for face in faces.values())) if len(faces) > 1 else set()
-    )
-    told = dict.fromkeys(text for face in faces.values() for text in face.differences if text in shared)
-    parts = [_list("All of them", list(told))] if told else []
+    said_by: dict[str, list[str]] = {}
     for name, face in faces.items():
-        own = [text for text in face.differences if text not in shared]
-        if own or not told:
-            parts.append(_list(f"`{name}`", own or ["None that we know of."]))
-    return "\n\n".join(parts)
-
-
-def _list(head: str, sentences: list[str]) -> str:
-    return "\n".join([f"**{head}**", "", *(f"- {text[:1].upper()}{text[1:]}" for text in sentences)])
+        for sentence in face.differences:
+            said_by.setdefault(sentence, []).append(name)
+    # what several faces say is said once, under all their names
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for sentence, names_of_it in said_by.items():
+        groups.setdefault(tuple(names_of_it), []).append(sentence)
+    parts = []
+    for heads, sentences in sorted(groups.items(), key=lambda group: -len(group[0])):
+        head = "All of them" if len(heads) == len(faces) > 1 else ", ".join(f"`{name}`" for name in heads)
+        parts.append("\n".join([f"**{head}**", "", *(f"- {sentence}" for sentence in sentences)]))
+    return "\n\n".join(parts) or "Nothing that we know of."
