@@ -52,7 +52,7 @@ def exactness(path: Path) -> None:
         limit = float(best[row, 0]) - 2 * span
         axis.axhspan(limit, float(best[row, 0]) + span, color=ORANGE, alpha=0.08, lw=0)
         axis.axhline(limit, color=ORANGE, lw=1, ls="--")
-        axis.text(SHOWN - 0.4, limit, "best score - 2E ", ha="right", va="bottom", color=ORANGE, fontsize=9)
+        axis.text(SHOWN - 0.7, limit, "best score - 2E ", ha="right", va="bottom", color=ORANGE, fontsize=9)
         places = list(range(SHOWN))
         axis.errorbar(
             places,
