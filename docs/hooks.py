@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -36,22 +37,44 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def refused(module: str) -> str:
-    """A list of the options that the source of a module, or of a package, refuses by `unserved`.
+    """A list of the options that the source of a module, or of a package, refuses by `unserved`, for each face.
 
     Args:
         module: such as "vqkernels.compat.diveq".
     """
     path = ROOT / module.replace(".", "/")
-    options = set()
+    found: dict[str, set[str]] = {}
     for file in sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "unserved":
-                option = node.args[1]
-                # a name that only a run knows stands in the docstring of its class
-                options |= {option.value} if isinstance(option, ast.Constant) else set()
-    return (
-        ", ".join(f"`{option}`" for option in sorted(options)) + "." if options else "No option is refused."
-    )
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        constants = {
+            target.id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for part in tree.body:
+            # of a function that several faces share, the name that it passes
+            holder = part.name if isinstance(part, ast.ClassDef) else ""
+            for face, option in _unserved(part, constants):
+                found.setdefault(face or holder, set()).add(option)
+    lines = [
+        "- " + (f"`{face}`: " if face else "") + ", ".join(f"`{option}`" for option in sorted(options))
+        for face, options in sorted(found.items())
+    ]
+    return "\n".join(lines) or "No option is refused."
+
+
+def _unserved(part: ast.AST, constants: dict[str, object]) -> Iterator[tuple[str, str]]:
+    """(face, option) of every call of `unserved`; options that only a run knows stand in docstrings."""
+    for node in ast.walk(part):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "unserved":
+            face, option = node.args[:2]
+            known = (
+                face.value if isinstance(face, ast.Constant) else constants.get(getattr(face, "id", ""), "")
+            )
+            if isinstance(option, ast.Constant):
+                yield str(known), str(option.value)
 
 
 def differences(module: str) -> str:
@@ -83,5 +106,12 @@ def differences(module: str) -> str:
     parts = []
     for heads, sentences in sorted(groups.items(), key=lambda group: -len(group[0])):
         head = "All of them" if len(heads) == len(faces) > 1 else ", ".join(f"`{name}`" for name in heads)
-        parts.append("\n".join([f"**{head}**", "", *(f"- {sentence}" for sentence in sentences)]))
+        parts.append("\n".join([f"**{head}**", "", *(f"- {_sentence(each)}" for each in sentences)]))
     return "\n\n".join(parts) or "Nothing that we know of."
+
+
+def _sentence(words: str) -> str:
+    """With a capital, but where it begins with the name of an option, and a full stop."""
+    first = words.split()[0]
+    words = words[:1].upper() + words[1:] if first.isalpha() else words
+    return words if words.endswith(".") else f"{words}."
