@@ -1,11 +1,11 @@
 # make demo        train two small VQ-VAEs on photographs, draw and tabulate what they learned
 # make test        all tests of a machine without a GPU
 # make check       format, lint, types, then the tests
+# make docs        build the documentation into build/site; no network, no warning
 # make sanitize    the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer, in builds of their own
 # make bench       time the ops beside their peers and all quantizers; writes bench/results, the figures of docs and the tables of README.md and docs
 # make papers      train every row of the papers' tables on photographs; writes bench/results and docs/papers.md
 # make bench-micro time every compiled op alone
-# make docs        build the documentation into build/site; no network, no warning
 # make gpu         on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
 PYTHON ?= python3
@@ -20,9 +20,7 @@ FORMATTED := vqkernels python_tests bench docs setup.py
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
 
-SITE := build/site
-
-.PHONY: demo test check check-all sanitize bench papers docs bench-micro gpu lint format native clean
+.PHONY: demo test check check-all sanitize bench papers bench-micro gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -36,6 +34,12 @@ check: lint test
 check-all: lint
 	$(PY) -m pytest python_tests
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
+
+# quiet: the theme advertises its successor
+.PHONY: docs
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir build/site
+	@echo "open build/site/index.html"
 
 sanitize: $(VENV)/test
 	$(PY) python_tests/sanitize.py
@@ -55,10 +59,6 @@ papers: $(VENV)/bench
 bench-micro: $(VENV)/bench
 	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=func --benchmark-sort=fullname
-
-docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir $(SITE)
-	@echo "open $(SITE)/index.html"
 
 gpu:
 	$(PYTHON) bench/gpu.py
@@ -90,16 +90,16 @@ $(VENV)/native: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
+$(VENV)/docs: $(VENV)/torch $(SOURCES) mkdocs.yml
+	$(PIP) --no-build-isolation --editable ".[train,docs]"
+	touch $@
+
 $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train]"
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train,dev]"
-	touch $@
-
-$(VENV)/docs: $(VENV)/torch $(SOURCES) mkdocs.yml
-	$(PIP) --no-build-isolation --editable ".[train,docs]"
 	touch $@
 
 # one by one: a peer that has no wheel here must not keep the others away, and the bench says who is missing
