@@ -151,3 +151,11 @@ def test_pages_are_built_in_silence(tmp_path):
         assert not re.search(fetched, page.read_text()), page
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//|@import", style.read_text()), style
+
+
+def test_pictures_are_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pictures = importlib.import_module("pictures")
+    assert pictures.main(["exactness", "memory", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"exactness.png", "memory.png"}

@@ -1,6 +1,6 @@
 """Draw the pictures of the pages that explain, from our own ops and from what was measured.
 
-python docs/figures.py [exactness estimators memory] [--out docs]
+python docs/pictures.py [exactness estimators memory] [--out docs]
 """
 
 from __future__ import annotations
