@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # optional: those of the extra bench of pyproject.toml that we are compared with
 PEERS := faiss-cpu scikit-learn pykeops vector-quantize-pytorch diveq
 SOURCES := pyproject.toml setup.py CMakeLists.txt vqkernels/__init__.py $(shell find csrc -type f)
-FORMATTED := vqkernels python_tests bench docs setup.py
+FORMATTED := vqkernels python_tests bench docs README.md setup.py
 
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
