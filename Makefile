@@ -65,7 +65,7 @@ wheel: $(VENV)/wheel
 check-wheel: wheel
 	$(PY) python_tests/wheel.py dist
 
-wheel-cuda: $(VENV)/wheel
+wheel-cuda: $(VENV)/test
 	rm -rf dist/cuda
 	VQKERNELS_BUILD=cuda-wheel $(PY) -m build --no-isolation --wheel --outdir dist/cuda
 	$(PY) -m twine check --strict dist/cuda/*
