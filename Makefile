@@ -63,13 +63,13 @@ wheel: $(VENV)/wheel
 	$(PY) -m twine check --strict dist/*
 
 check-wheel: wheel
-	$(PY) python_tests/wheel.py dist
+	$(PY) python_tests/packed.py dist
 
 wheel-cuda: $(VENV)/test
 	rm -rf dist/cuda
 	VQKERNELS_BUILD=cuda-wheel $(PY) -m build --no-isolation --wheel --outdir dist/cuda
 	$(PY) -m twine check --strict dist/cuda/*
-	$(PY) python_tests/cuda_wheel.py dist/cuda
+	$(PY) python_tests/packed_cuda.py dist/cuda
 
 gpu:
 	$(PYTHON) bench/gpu.py

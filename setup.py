@@ -55,7 +55,9 @@ def has_cuda() -> bool:
 def cuda_label() -> str:
     """Sets a wheel of CUDA apart from that of the same version without: +cu130 of nvcc 13.0."""
     nvcc = tool("nvcc")
-    told = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout if nvcc else ""
+    told = (
+        subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout if nvcc else ""
+    )
     found = re.search(r"release (\d+)\.(\d+)", told)
     return f"+cu{found[1]}{found[2]}" if found else "+cuda"
 

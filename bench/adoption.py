@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def train(both: dict[str, Autoencoder], images: ImageSet, steps: int) -> tuple[d
         batch = images.batch(number).contiguous()
         for side, model in both.items():
             torch.manual_seed(number)
-            taken = clock.time(lambda m=model, s=side: losses[s].append(step(m, optimizers[s], batch)))
-            times[side].append(taken)
+            run = partial(step, model, optimizers[side], batch)
+            times[side].append(clock.time(lambda r=run, s=side: losses[s].append(r())))
     return losses, times
 
 
@@ -128,7 +129,15 @@ def megabytes(case: Case, side: str, tiny: bool) -> float | None:
     """Peak memory of a quantizer's step above inputs and outputs, in a process that does nothing else."""
     if not memory.supported():
         return None
-    command = [sys.executable, __file__, "--cases", case.name, "--memory", side, *(["--tiny"] if tiny else [])]
+    command = [
+        sys.executable,
+        __file__,
+        "--cases",
+        case.name,
+        "--memory",
+        side,
+        *(["--tiny"] if tiny else []),
+    ]
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | returned, check=True)
     return round(json.loads(ran.stdout.splitlines()[-1]) / 1e6, 2)
@@ -139,7 +148,9 @@ def tell_memory(case: Case, side: str) -> None:
     model = models(case)[side]
     side_of = case.crop // FACTOR
     x = torch.randn(case.batch, case.dim, side_of, side_of)
-    few = x.flatten(2).transpose(1, 2).reshape(-1, case.dim)[:FEW].t().reshape(1, case.dim, -1, 1).contiguous()
+    few = (
+        x.flatten(2).transpose(1, 2).reshape(-1, case.dim)[:FEW].t().reshape(1, case.dim, -1, 1).contiguous()
+    )
     quantizer_step(model, few.requires_grad_(), torch.randn_like(few))()
     run = quantizer_step(model, x.requires_grad_(), torch.randn_like(x))
     print(memory.peak_bytes(run))
@@ -196,7 +207,9 @@ def missed(lines: Sequence[records.Record]) -> list[str]:
             continue
         for field, least in (("quantizer_ms", FASTER), ("quantizer_mb", SMALLER)):
             if before[field] is not None and before[field] < least * after[field]:
-                words.append(f"{case.name}: {field} {before[field]} -> {after[field]}, less than {least} times")
+                words.append(
+                    f"{case.name}: {field} {before[field]} -> {after[field]}, less than {least} times"
+                )
     return words
 
 

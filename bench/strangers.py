@@ -194,7 +194,16 @@ class Case:
 # sizes of the examples, and those of a tokenizer
 CASES = (
     Case("vq", "vector-quantize-pytorch", "VectorQuantize", _vector_quantize, 256, 32),
-    Case("vq-large", "vector-quantize-pytorch", "VectorQuantize", _vector_quantize, 16384, 256, batch=32, bound=True),
+    Case(
+        "vq-large",
+        "vector-quantize-pytorch",
+        "VectorQuantize",
+        _vector_quantize,
+        16384,
+        256,
+        batch=32,
+        bound=True,
+    ),
     Case("diveq", "diveq", "DIVEQ", _diveq, 1024, 512),
     Case("diveq-large", "diveq", "DIVEQ", _diveq, 16384, 256, batch=32, bound=True),
     Case("diveq-residual", "diveq", "ResidualDIVEQ", _residual_diveq, 1024, 128),

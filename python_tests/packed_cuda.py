@@ -1,6 +1,6 @@
 """A wheel with CUDA bodies holds machine code for every architecture, PTX for later ones, and asks for torch's CUDA.
 
-    python python_tests/cuda_wheel.py dist/cuda [--archs "80 90a 100a"]
+    python python_tests/packed_cuda.py dist/cuda [--archs "80 90a 100a"]
 
 No GPU is asked: what was compiled is listed by cuobjdump, what the loader will look for by readelf.
 """
@@ -16,7 +16,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from wheel import ROOT, Wrong, check_wheel, demand, said
+from packed import ROOT, Wrong, check_wheel, demand, said
 
 
 def dump() -> str:
@@ -47,8 +47,14 @@ def check(dist: Path, archs: list[str]) -> None:
         texts = re.findall(r"sm_(\w+)\.ptx", said(dump(), "--list-ptx", library, cwd=folder))
         print(f"machine code: {_counted(codes)}; PTX: {_counted(texts)}; {library.stat().st_size >> 20} MiB")
         for arch in archs:
-            demand(codes.count(arch) == sources, f"{codes.count(arch)} of {sources} sources are there for sm_{arch}")
-        demand(texts.count(archs[0]) == sources, f"PTX of sm_{archs[0]} is there for {texts.count(archs[0])} sources")
+            demand(
+                codes.count(arch) == sources,
+                f"{codes.count(arch)} of {sources} sources are there for sm_{arch}",
+            )
+        demand(
+            texts.count(archs[0]) == sources,
+            f"PTX of sm_{archs[0]} is there for {texts.count(archs[0])} sources",
+        )
         if shutil.which("readelf") is None:
             return
         needed = re.findall(r"NEEDED.*\[(.+)\]", said("readelf", "-d", library, cwd=folder))
@@ -70,7 +76,7 @@ def main() -> None:
     try:
         check(options.dist.resolve(), options.archs.split())
     except Wrong as wrong:
-        sys.exit(f"cuda_wheel: {wrong}")
+        sys.exit(f"packed_cuda: {wrong}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What was packed works where nothing but torch is: the check of a wheel, and of the sdist it was made from.
 
-    python python_tests/wheel.py dist [--torch torch==2.13.0]      in a new environment that pip fills
-    python python_tests/wheel.py dist --python OTHER/bin/python    beside the torch of an environment that stays as it is
+    python python_tests/packed.py dist [--torch torch==2.13.0]      in a new environment that pip fills
+    python python_tests/packed.py dist --python OTHER/bin/python    beside the torch of an environment that stays as it is
 
 Nothing of the tree is on the path of what is run, and PATH holds no compiler.
 """
@@ -129,7 +129,9 @@ def check_wheel(path: Path) -> bool:
 def said(*command: str | Path, cwd: Path, **environment: str) -> str:
     """What a program prints; `Wrong` with all of it where it fails."""
     words = [*map(str, command)]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VQKERNELS_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VQKERNELS_"))
+    }
     done = subprocess.run(
         words,
         check=False,
@@ -179,7 +181,9 @@ def check_installed(
     demand(said(script, "info", cwd=folder, **alone) == module, "vqkernels and python -m vqkernels differ")
     demand("reference  ready" in module, module)
     typed = "import importlib.resources as r; print(r.files('vqkernels').joinpath('py.typed').is_file())"
-    demand(said(python, "-P", "-c", typed, cwd=folder, **alone).strip() == "True", "py.typed is not installed")
+    demand(
+        said(python, "-P", "-c", typed, cwd=folder, **alone).strip() == "True", "py.typed is not installed"
+    )
     return told + module
 
 
@@ -209,7 +213,7 @@ def main() -> None:
         # an interpreter of an environment is a link, and must stay one
         check(options.dist.resolve(), options.torch, options.python and options.python.absolute())
     except Wrong as wrong:
-        sys.exit(f"wheel: {wrong}")
+        sys.exit(f"packed: {wrong}")
 
 
 if __name__ == "__main__":
