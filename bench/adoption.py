@@ -17,7 +17,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from vqkernels.compat.conversion import convert
 from vqkernels.train.data.images import ImageSet
-from vqkernels.train.data.pictures import photos
+from vqkernels.train.data.pictures import Parts, photos
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench/results/adoption.jsonl"
@@ -189,9 +190,16 @@ def measure(case: Case, *, steps: int, rounds: int, tiny: bool) -> list[records.
     return lines
 
 
+@cache
+def decoded() -> Parts:
+    """The photographs that come with scikit-image, to train on and held out, in memory."""
+    training, held_out = ([replace(p, pixels=p.read()) for p in part] for part in photos()[:2])
+    return Parts(training, held_out)
+
+
 def photographs(case: Case) -> ImageSet:
-    """Crops of the photographs that come with scikit-image."""
-    parts = photos()
+    """Crops of the photographs."""
+    parts = decoded()
     return ImageSet(
         parts.training, parts.held_out, crop=case.crop, batch_size=case.batch, factor=FACTOR, seed=SEED
     )

@@ -4,11 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from vqkernels.train.data.pictures import Parts, Picture
 
 pytest.importorskip("vector_quantize_pytorch")
 pytest.importorskip("diveq")
-pytest.importorskip("skimage")
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import adoption  # noqa: E402
@@ -23,8 +25,11 @@ NAMES = ["vq", "diveq"]
 def lines(tmp_path_factory):
     """What a run of three steps in tiny sizes writes; the process that measures memory is not started."""
     out = tmp_path_factory.mktemp("adoption") / "adoption.jsonl"
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    parts = Parts(*([Picture(name, 32, 32, pixels=pixels)] for name in ("training", "held out")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "supported", lambda: False)
+        patch.setattr(adoption, "decoded", lambda: parts)
         words = ["--tiny", "--steps", "3", "--rounds", "1", "--out", str(out), "--cases", *NAMES]
         assert adoption.main(words) == 0
     return [json.loads(text) for text in out.read_text().splitlines()]
