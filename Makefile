@@ -22,7 +22,7 @@ FORMATTED := vqkernels python_tests bench setup.py
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
 
-.PHONY: demo test check check-all sanitize bench papers bench-micro wheel check-wheel wheel-cuda gpu lint format native clean
+.PHONY: demo test check check-all sanitize bench papers adoption bench-micro wheel check-wheel wheel-cuda gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -51,6 +51,11 @@ bench: $(VENV)/bench
 papers: $(VENV)/bench
 	$(PY) bench/papers.py
 	$(PY) bench/family.py README.md docs/quantizers.md
+
+adoption: $(VENV)/bench
+	$(PIP) scikit-image
+	$(PY) bench/adoption.py
+	$(PY) bench/adoption_report.py docs/adoption.md --figure docs/adoption.png
 
 bench-micro: $(VENV)/bench
 	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \

@@ -13,10 +13,10 @@ pytest.importorskip("vector_quantize_pytorch")
 pytest.importorskip("diveq")
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
-import adoption  # noqa: E402
-import adoption_report  # noqa: E402
-import memory  # noqa: E402
-from strangers import CASES  # noqa: E402
+import adoption
+import adoption_report
+import memory
+from strangers import CASES
 
 NAMES = ["vq", "diveq"]
 
