@@ -201,7 +201,6 @@ CASES = (
         _vector_quantize,
         16384,
         256,
-        batch=32,
         bound=True,
     ),
     Case("diveq", "diveq", "DIVEQ", _diveq, 1024, 512),
