@@ -76,9 +76,9 @@ def _row(before: Record, after: Record) -> str:
 
 
 def _times(before: Record, after: Record, field: str, least: float = 0.0) -> str:
-    ratio = before[field] / max(after[field], least)
+    ratio = max(before[field], least) / max(after[field], least)
     shown = f"{ratio:.2g}x" if ratio < 100 else f"{ratio:.0f}x"
-    return f"**{shown} less**" if ratio >= 1 else f"{1 / ratio:.2g}x more"
+    return f"{shown} less" if ratio >= 1 else f"{1 / ratio:.2g}x more"
 
 
 def draw(path: Path, found: Sequence[Record]) -> None:
