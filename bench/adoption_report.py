@@ -65,14 +65,18 @@ def _row(before: Record, after: Record) -> str:
         f"{loss[0]:.4f} → {loss[1]:.4f}",
         f"{before['psnr']:.2f} → {after['psnr']:.2f} dB",
         f"{before['step_ms']:.0f} → {after['step_ms']:.0f} ms",
-        f"{before['quantizer_ms']:.3g} → {after['quantizer_ms']:.3g} ms, {_times(before, after, 'quantizer_ms')}",
+        f"{_plain(before['quantizer_ms'])} → {_plain(after['quantizer_ms'])} ms, {_times(before, after, 'quantizer_ms')}",
     ]
     if before["quantizer_mb"] is None or after["quantizer_mb"] is None:
         cells.append("-")
     else:
-        megabytes = f"{before['quantizer_mb']:.3g} → {after['quantizer_mb']:.2g} MB"
+        megabytes = f"{_plain(before['quantizer_mb'])} → {after['quantizer_mb']:.2g} MB"
         cells.append(f"{megabytes}, {_times(before, after, 'quantizer_mb', LEAST_MB)}")
     return "| " + " | ".join(cells) + " |"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _times(before: Record, after: Record, field: str, least: float = 0.0) -> str:
@@ -129,7 +133,7 @@ def _bars(axis, pair: tuple[Record, Record]) -> None:
             value = max(line[field], LEAST_MB)
             where = place + 0.4 * side
             axis.bar(where, value, 0.38, color=COLORS[line["side"]], label=None if place else line["side"])
-            axis.annotate(f"{line[field]:.3g}", (where, value), ha="center", va="bottom", fontsize=8)
+            axis.annotate(_plain(line[field]), (where, value), ha="center", va="bottom", fontsize=8)
     axis.set_yscale("log")
     axis.margins(y=0.12)
     axis.set_xticks([place + 0.2 for place in range(len(fields))], list(fields.values()), fontsize=9)
