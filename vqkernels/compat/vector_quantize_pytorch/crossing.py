@@ -47,6 +47,7 @@ class Crossing(Holder):
     manual_in_place_optimizer_update: bool
     # the choice of the last forward under a checkpoint, whose recomputation must find the codes of that time
     _kept: Chosen | None
+    _kept_codes: Tensor | None
 
     def _few(self, topk: int) -> int:
         scored = self.commitment_use_cross_entropy_loss or self.in_place_codebook_optimizer is not None
@@ -66,6 +67,14 @@ class Crossing(Holder):
         entropy = self.training and self.has_commitment_loss and self.commitment_use_cross_entropy_loss
         return chosen if entropy else None
 
+    def _still(self, codes: Tensor, moving: bool) -> Tensor:
+        """All codes (G, K, D) for losses that look at each, as they are before anything moves them."""
+        if recomputing():
+            return codes if self._kept_codes is None else _as_kept(codes, self._kept_codes)
+        codes = codes.clone() if moving else codes
+        self._kept_codes = codes.detach() if moving and _checkpointed() else None
+        return codes
+
     def _choose(
         self,
         y: Tensor,
@@ -79,8 +88,7 @@ class Crossing(Holder):
         kept = self._kept
         if kept is not None and recomputing() and kept.indices.shape == y.shape[:-1]:
             live = _apart(codes.flatten(0, 1), self._codebook.flat(kept.indices)).table
-            table = kept.table + (live - live.detach()) if live.requires_grad else kept.table
-            return kept._replace(table=table)
+            return kept._replace(table=_as_kept(live, kept.table))
         if topk is not None:
             indices = losses.nearest_few(y, self._codebook.searched(codes), topk)
             mask = None if mask is None else mask[..., None]
@@ -166,6 +174,11 @@ class Crossing(Holder):
             codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
         # a copy: the next forward may move codes before this one's backward
         return losses.orthogonal(codes.clone())
+
+
+def _as_kept(live: Tensor, kept: Tensor) -> Tensor:
+    """Codes as they were, with the gradient of those that are."""
+    return kept + (live - live.detach()) if live.requires_grad else kept
 
 
 def _apart(table: Tensor, at: Tensor) -> Chosen:

@@ -179,7 +179,7 @@ class VectorQuantize(Crossing):
         self.in_place_codebook_optimizer = None if make is None else make(self._codebook.parameters())
         self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
-        self._kept = None
+        self._kept = self._kept_codes = None
 
     def forward(
         self,
@@ -251,8 +251,8 @@ class VectorQuantize(Crossing):
         codes = book.codes()
         codes = codes.detach() if self.training and frozen else codes
         moving = changes and topk is None and (optimized or book.moves(ema_update))
-        if moving and (indices is not None or self._scores_all):
-            codes = codes.clone()
+        if indices is not None or self._scores_all:
+            codes = self._still(codes, moving)
         chosen = self._choose(y, codes, counted, temperature, topk, moving)
         every = y if topk is None else y.unsqueeze(-2).expand(*y.shape[:-1], topk, -1)
         routed = self.training and x.requires_grad and self.route_gradients_to_input
