@@ -159,6 +159,8 @@ class FSQ(Face):
         """Uniform noise on a share `noise_dropout` of the values in training, kept within [-1, 1]."""
         if not self.training or self.noise_dropout == 0:
             return bounded_z
+        # one seed draws the peer's noise, in the order of rows
+        bounded_z = bounded_z.contiguous()
         noisy = torch.full_like(bounded_z, self.noise_dropout).bernoulli_().bool()
         offset = torch.rand_like(bounded_z) - 0.5
         return torch.where(noisy, bounded_z + offset, bounded_z).clamp(-1.0, 1.0)
@@ -208,7 +210,7 @@ class FSQ(Face):
         is_image = indices.dim() >= 3 + int(self.keep_num_codebooks_dim)
         codes = self._points(indices)
         if self.orthogonal_rotation:
-            codes = codes @ self.orthogonal_rot.t()
+            codes = codes @ self.orthogonal_rot.to(codes.dtype).t()
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
         codes = self.project_out(codes)
@@ -232,7 +234,7 @@ class FSQ(Face):
             refuse(ValueError, "FSQ", "z", f"have {self.dim} features", z.shape[-1], "Pass them as `dim`")
         z = self.project_in(z).unflatten(-1, (self.num_codebooks, self.codebook_dim))
         if self.orthogonal_rotation:
-            z = z @ self.orthogonal_rot
+            z = z @ self.orthogonal_rot.to(z.dtype)
         dtype = z.dtype
         force = self.force_quantization_f32
         with torch.autocast(z.device.type, enabled=not force and torch.is_autocast_enabled(z.device.type)):
@@ -242,7 +244,7 @@ class FSQ(Face):
             indices = self._number(codes) if self.return_indices else None
             codes = self.maybe_apply_noise(codes)
             if self.orthogonal_rotation:
-                codes = codes @ self.orthogonal_rot.t()
+                codes = codes @ self.orthogonal_rot.to(codes.dtype).t()
             codes = codes.flatten(-2).to(dtype)
         out = self.project_out(codes)
         if move:

@@ -89,6 +89,7 @@ class LFQ(Face):
     differences: ClassVar[tuple[str, ...]] = (
         "The output is the code itself, without the rounding error of the way to a gradient.",
         "In a process group the entropy of the mean is that of the mean over ranks; the peer drops the sum and divides.",
+        "With a mask of rows, (B, N), the mean of the diversity term is over rows; the peer takes that of each row alone.",
         "A share of the rows is at least one row, so that the loss of a small batch is a number.",
     )
 
@@ -211,7 +212,7 @@ class LFQ(Face):
             indices = indices[..., None]
         codes = self.maybe_l2norm(self.bits_to_codes(self._bits(indices).to(self.dtype)))
         if self.orthogonal_rotation:
-            codes = codes @ self.orthogonal_rot.t()
+            codes = codes @ self.orthogonal_rot.to(codes.dtype).t()
         codes = codes.flatten(-2)
         if project_out:
             codes = self.project_out(codes)
@@ -248,7 +249,7 @@ class LFQ(Face):
             x = (x / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
         x = x.unflatten(-1, (self.num_codebooks, self.codebook_dim))
         if self.orthogonal_rotation:
-            x = x @ self.orthogonal_rot
+            x = x @ self.orthogonal_rot.to(x.dtype)
         x = self.maybe_l2norm(x)
         dtype, force = x.dtype, self.force_quantization_f32
         with torch.autocast(x.device.type, enabled=not force and torch.is_autocast_enabled(x.device.type)):
@@ -263,7 +264,7 @@ class LFQ(Face):
             parts, entropy_loss = self._losses(y, quantized, inv_temperature, mask)
             out = out.to(dtype)
         if self.orthogonal_rotation:
-            out = out @ self.orthogonal_rot.t()
+            out = out @ self.orthogonal_rot.to(out.dtype).t()
         out = self.project_out(out.flatten(-2))
         if move:
             out = out.unflatten(1, places).movedim(-1, 1)
