@@ -64,7 +64,7 @@ class ResidualVQ(Face):
         "indices= gives the cross entropy of each stage on its own residual, where the peer raises.",
         "freeze_codebook=True at construction holds in forward, and a frozen codebook is not updated after a beam search.",
         "Codes that replace dead ones of a shared codebook are never masked rows.",
-        "get_codes_from_indices gives what forward looked up, also with an affine codebook or a bridge.",
+        "get_codes_from_indices gives what forward looked up, also with an affine codebook.",
         "The layers of a ResidualVQ for images take rows, (B, N, D).",
     )
 
@@ -282,8 +282,9 @@ class ResidualVQ(Face):
                 first._codebook.update_ema()
             first.update_in_place_optimizer()
             rows = torch.stack(found.residuals, dim=2)  # (B, N, Q, D')
-            rows = rows.flatten(1, 2) if mask is None else rows[mask].flatten(0, 1)[None]
-            first.expire_codes_(rows)
+            # rows with a nan are never taken, and no one has to wait for the number of others
+            rows = rows if mask is None else rows.masked_fill(~mask[..., None, None], torch.nan)
+            first.expire_codes_(rows.flatten(1, 2))
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         beam = self.beam_size if self.training else self.eval_beam_size
