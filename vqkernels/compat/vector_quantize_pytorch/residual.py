@@ -63,6 +63,7 @@ class ResidualVQ(Face):
         "accept_image_fmap works for images of any size, where the peer needs D = H = W.",
         "indices= gives the cross entropy of each stage on its own residual, where the peer raises.",
         "freeze_codebook=True at construction holds in forward, and a frozen codebook is not updated after a beam search.",
+        "After a beam search each stage learns from its residuals of the path taken; the peer hands them out by beam.",
         "Codes that replace dead ones of a shared codebook are never masked rows.",
         "get_codes_from_indices gives what forward looked up, also with an affine codebook.",
         "The layers of a ResidualVQ for images take rows, (B, N, D).",
