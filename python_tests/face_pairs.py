@@ -13,7 +13,9 @@ def pair(face_of, peer_of, *options, **named):
         modules.append(kind(*options, **named))
     face, peer, live = modules
     ours, theirs = face.state_dict(), peer.state_dict()
-    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
+        k: (v.shape, v.dtype) for k, v in theirs.items()
+    }
     face.load_state_dict(theirs)
     peer.load_state_dict(ours)
     before = dict(live.named_parameters()) | dict(live.named_buffers())
@@ -43,7 +45,9 @@ def run(module, x, seed=3, **options):
             # weights that no symmetry cancels
             total = total + (part * torch.linspace(1, 2, part.numel()).view(part.shape).to(part.dtype)).sum()
     inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
-    grads = torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else [None] * len(inputs)
+    grads = (
+        torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else [None] * len(inputs)
+    )
     return result, list(grads)
 
 

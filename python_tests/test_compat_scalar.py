@@ -48,7 +48,10 @@ def test_fsq_is_its_peer(case):
                 levels = module.indices_to_level_indices(indices)
                 assert torch.equal(levels, peer.indices_to_level_indices(indices))
     if peer.return_indices:
-        assert torch.equal(face.implicit_codebook, peer.implicit_codebook) and face.codebook_size == peer.codebook_size
+        assert (
+            torch.equal(face.implicit_codebook, peer.implicit_codebook)
+            and face.codebook_size == peer.codebook_size
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -86,7 +89,13 @@ LFQ_CASES = {
         {"inv_temperature": 1.0},
     ),
     "sphere": (
-        {"dim": 6, "spherical": True, "codebook_scale": 0.5, "frac_per_sample_entropy": 0.4, "commitment_loss_weight": 1.0},
+        {
+            "dim": 6,
+            "spherical": True,
+            "codebook_scale": 0.5,
+            "frac_per_sample_entropy": 0.4,
+            "commitment_loss_weight": 1.0,
+        },
         (2, 9, 6),
         {"inv_temperature": 1.0, "mask": torch.tensor([True, False])},
     ),
@@ -140,7 +149,10 @@ def test_lfq_is_its_peer(case, chunk, monkeypatch):
         for module in (face, adopted):
             got = run(module, x, return_loss_breakdown=True, **call)
             (ours, parts), (theirs, their_parts) = got[0], want[0]
-            assert type(ours)._fields == type(theirs)._fields and type(parts)._fields == type(their_parts)._fields
+            assert (
+                type(ours)._fields == type(theirs)._fields
+                and type(parts)._fields == type(their_parts)._fields
+            )
             assert_near(ours.quantized, theirs.quantized, 4 * bits)
             assert torch.equal(ours.indices, theirs.indices)
             for a, b in zip(leaves((ours[2], parts)), leaves((theirs[2], their_parts)), strict=True):
@@ -185,7 +197,10 @@ def test_lfq_returns_codes_and_a_finite_loss_of_one_row():
         (lambda: LFQ(codebook_size=12), "codebook_size"),
         (lambda: LFQ(dim=3, frac_per_sample_entropy=0.0), "frac_per_sample_entropy"),
         (lambda: LFQ(dim=3, soft_clamp_input_value=0.5), "soft_clamp_input_value"),
-        (lambda: LFQ(codebook_size=8, num_codebooks=2, keep_num_codebooks_dim=False), "keep_num_codebooks_dim"),
+        (
+            lambda: LFQ(codebook_size=8, num_codebooks=2, keep_num_codebooks_dim=False),
+            "keep_num_codebooks_dim",
+        ),
         (lambda: LFQ(dim=3)(torch.zeros(1, 2, 4)), "x"),
     ],
 )
