@@ -56,7 +56,7 @@ def beam_search(stages: Stages, y: Tensor, beam: int, weights: Tensor) -> Found:
     else:
         counted = torch.where(stages.mask[..., None], losses, 0.0)
         mean = counted.sum((0, 1)) / stages.mask.sum().clamp_min(1)
-    residuals = [rows[:, :, 0] for rows in seen]
+    residuals = tuple(rows[:, :, 0] for rows in seen)
     return Found(
         z[:, :, 0], stages.padded(paths[:, :, 0], -1), stages.padded(mean, 0), residuals, searched=True
     )
