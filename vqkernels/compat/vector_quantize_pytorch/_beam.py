@@ -1,4 +1,4 @@
-"""Beam search through the stages of a `ResidualVQ`: the sums that come nearest, and not the nearest codes."""
+"""Beam search through the stages of a `ResidualVQ`: paths with the least sum of losses, and not one greedy step after another."""
 
 from __future__ import annotations
 

@@ -347,7 +347,7 @@ class VectorQuantize(Face):
         # what follows the k nearest codes is an `update_indices`, which moves codes as well
         written = changes and (optimized or book.moves(ema_update))
         moving = written and topk is None
-        if moving and (indices is not None or self._scores_all):
+        if written and (indices is not None or self._scores_all):
             codes = codes.clone()
         chosen = self._choose(y, codes, counted, temperature, topk, written)
         every = y if topk is None else y.unsqueeze(-2).expand(*y.shape[:-1], topk, -1)
