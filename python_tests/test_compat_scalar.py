@@ -207,3 +207,22 @@ def test_lfq_returns_codes_and_a_finite_loss_of_one_row():
 def test_what_scalar_faces_refuse(make, word):
     with pytest.raises(ValueError, match=rf"^(FSQ|LFQ): {word} must .*; got .*\. .*\.$"):
         make()
+
+
+def test_lfq_looks_at_the_rows_of_all_ranks(monkeypatch):
+    """H of the mean over two ranks, each with the gradient of its own share; the peer halves its own mean instead."""
+    y, codes = torch.randn(9, 1, 4), LFQ(dim=4).codebook
+    theirs = torch.randn(9, 1, 4)
+    rows = torch.cat((y, theirs)).requires_grad_()
+    want = _entropy.entropies(rows, codes, 0.5)[1]
+    (slope,) = torch.autograd.grad(want, rows)
+    other = _entropy._sums(theirs, codes, 0.5)[1] / 9
+    monkeypatch.setattr(_entropy, "distributed", lambda: True)
+    monkeypatch.setattr(_entropy, "all_sum", lambda mean: mean.add_(other))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    y.requires_grad_()
+    got = _entropy.entropies(y, codes, 0.5)[1]
+    (own,) = torch.autograd.grad(got, y)
+    # sums of 18 rows and 16 codes; a wrapper halves the sum of gradients over ranks
+    assert_near(got, want, 18 + 16)
+    assert_near(own / 2, slope[:9], 2 * (18 + 16))

@@ -1,4 +1,4 @@
-"""Beam search through the stages of a `ResidualVQ`: paths with the least sum of losses, and not one greedy step after another."""
+"""Beam search through the stages of a `ResidualVQ`: the paths with the least sum of losses."""
 
 from __future__ import annotations
 
