@@ -87,7 +87,8 @@ class Crossing(Holder):
     ) -> Chosen:
         """The codes of rows y (G, ..., D); where codes are `moving`, with a table of their own."""
         kept = self._kept
-        if kept is not None and recomputing() and kept.indices.shape == y.shape[:-1]:
+        places = y.shape[:-1] if topk is None else (*y.shape[:-1], topk)
+        if kept is not None and recomputing() and kept.indices.shape == places:
             live = _apart(codes.flatten(0, 1), self._codebook.flat(kept.indices)).table
             return kept._replace(table=_as_kept(live, kept.table))
         if topk is not None:

@@ -250,10 +250,12 @@ class VectorQuantize(Crossing):
             in_place = self._optimize(y, counted, temperature, update)
         codes = book.codes()
         codes = codes.detach() if self.training and frozen else codes
-        moving = changes and topk is None and (optimized or book.moves(ema_update))
+        # what follows the k nearest codes is an `update_indices`, which moves codes as well
+        written = changes and (optimized or book.moves(ema_update))
+        moving = written and topk is None
         if indices is not None or self._scores_all:
-            codes = self._still(codes, moving)
-        chosen = self._choose(y, codes, counted, temperature, topk, moving)
+            codes = self._still(codes, written)
+        chosen = self._choose(y, codes, counted, temperature, topk, written)
         every = y if topk is None else y.unsqueeze(-2).expand(*y.shape[:-1], topk, -1)
         routed = self.training and x.requires_grad and self.route_gradients_to_input
         learned = self.learnable_codebook and not frozen
@@ -285,7 +287,9 @@ class VectorQuantize(Crossing):
             + diversity * self.codebook_diversity_loss_weight
             + orthogonal * self.orthogonal_reg_weight
         )
-        if self.training and torch.is_grad_enabled() and not loss.requires_grad:
+        waits = self.training and torch.is_grad_enabled() and not loss.requires_grad
+        # a compiled graph cannot return such a leaf
+        if waits and not torch.compiler.is_compiling():
             loss = loss.detach().requires_grad_()
         if not return_loss_breakdown:
             return quantized, found, loss
