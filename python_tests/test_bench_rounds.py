@@ -11,10 +11,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import options  # noqa: E402
-import peers  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
-from searches import searches  # noqa: E402
+
+from vqkernels.profiling import peers  # noqa: E402
+from vqkernels.profiling.searches import searches  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vqkernels as vq
-from vqkernels.testing import brute_force
+from vqkernels.profiling.float64 import brute_force
 
 # rows of each case that are compared with float64 brute force before anything is timed
 CHECKED = 1024

@@ -1,9 +1,7 @@
 """Peak memory of contenders on a CPU, measured in processes of their own, which allocate and time nothing else.
 
-    python bench/memory.py '{"case": ..., "shape": ..., "dtype": ..., "isas": ..., "names": [...]}'
-
-prints a JSON line per contender. Every block of 64 KiB or more goes back to the system when it is freed, so that
-what one contender leaves behind hides nothing of the next one's.
+Every block of 64 KiB or more goes back to the system when it is freed there, so that what one contender leaves behind
+hides nothing of the next one's.
 """
 
 from __future__ import annotations
@@ -16,14 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from layers import layers
-from peers import Contender, bind
-from searches import searches
-from timing import Failure, attempt, tensors
+
+from vqkernels.profiling.layers import layers
+from vqkernels.profiling.peers import Contender, bind
+from vqkernels.profiling.searches import searches
+from vqkernels.profiling.timing import Failure, attempt, tensors
 
 # of the call before, which loads libraries and starts threads
 WARMED = 256
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# what the process runs, wherever this package came from
+_CHILD = "from vqkernels.profiling.memory import main; main()"
 _RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -47,6 +48,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return max(0, peak - sum(t.untyped_storage().nbytes() for t in tensors(kept)))
 
 
+def _paths() -> str:
+    """Where the process finds this very package, and what the caller finds."""
+    ours = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def _status(name: str) -> int:
     return next(
         1024 * int(text.split()[1]) for text in _STATUS.read_text().splitlines() if text.startswith(name)
@@ -60,6 +67,7 @@ def extra_bytes(
     names: Sequence[str],
     isas: Sequence[str] = (),
     *,
+    backends: Sequence[str] | None = None,
     seconds: float = 600.0,
 ) -> dict[str, int | Failure]:
     """Peak memory of each contender above inputs and outputs, or why there is none.
@@ -67,21 +75,22 @@ def extra_bytes(
     Args:
         case: "search" or "layer". shape: N, K, D. dtype: of x and codes.
         names: contenders of that case.
-        isas: as `searches` takes them.
+        isas, backends: as `searches` takes them.
         seconds: for all of them together; those that are not done then have none.
     """
     found: dict[str, int | Failure] = {}
     asked = {"case": case, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "isas": list(isas)}
+    asked["backends"] = None if backends is None else list(backends)
     left = list(names)
     while left:
-        command = [sys.executable, __file__, json.dumps(asked | {"names": left})]
+        command = [sys.executable, "-c", _CHILD, json.dumps(asked | {"names": left})]
         try:
             # what a peer says on its way is not ours to show
             ran = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
-                env=os.environ | _RETURNED,
+                env=os.environ | _RETURNED | {"PYTHONPATH": _paths()},
                 timeout=seconds,
                 check=False,
             )
@@ -101,12 +110,13 @@ def extra_bytes(
 
 
 def main() -> None:
-    """Measure the contenders that the one argument names, in that order."""
+    """Measure the contenders that the one argument names, in that order; a line of JSON on stdout for each."""
     asked = json.loads(sys.argv[1])
     n, k, d = asked["shape"]
     dtype = getattr(torch, asked["dtype"])
     device = torch.device("cpu")
-    table: list[Contender] = (searches if asked["case"] == "search" else layers)(device, dtype, asked["isas"])
+    listed = searches if asked["case"] == "search" else layers
+    table: list[Contender] = listed(device, dtype, asked["isas"], backends=asked["backends"])
     torch.manual_seed(0)
     x, grad, codes = (torch.randn(rows, d).to(dtype) for rows in (n, n, k))
     for name in asked["names"]:
@@ -119,8 +129,5 @@ def main() -> None:
 
         value = attempt(measure)
         told = {"failed": value.reason} if isinstance(value, Failure) else {"bytes": value}
-        print(json.dumps({"name": name} | told), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        sys.stdout.write(json.dumps({"name": name} | told) + "\n")
+        sys.stdout.flush()
