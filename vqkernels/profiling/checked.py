@@ -21,8 +21,8 @@ Call = Callable[[Tensor], object]
 
 # of the free memory, what a contender may want
 _WANTED = 0.8
-# the part of the rows that tells what a call of all will take
-_TRIED = 32
+# the part of the rows that tells what a call of all will take, and no fewer than these
+_TRIED, _LEAST = 32, 512
 
 
 @dataclass
@@ -52,12 +52,12 @@ def too_large(contender: Contender, shape: Shape, free: int | None) -> str | Non
 
 def guessed_seconds(clock: Clock, run: Call, x: Tensor) -> float:
     """What a call with all rows will take, from what some of them took; 0 where nobody can say."""
-    some = x[: len(x) // _TRIED]
+    some = x[: max(_LEAST, len(x) // _TRIED)]
     # the first call loads, compiles or starts threads; what it raises, the check will tell
-    if not len(some) or isinstance(attempt(lambda: run(some)), Failure):
+    if isinstance(attempt(lambda: run(some)), Failure):
         return 0.0
     took = attempt(lambda: clock.time(lambda: run(some)))
-    return 0.0 if isinstance(took, Failure) else took * _TRIED / 1e3
+    return 0.0 if isinstance(took, Failure) else took * len(x) / len(some) / 1e3
 
 
 def check(contender: Contender, run: Bound, x: Tensor, judge: Oracle | Steps) -> Checked:

@@ -1,0 +1,87 @@
+"""A benchmark in words: one table for each shape, and who is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vqkernels.profiling.benchmark import Benchmark, Measurement
+from vqkernels.profiling.machine import Shape
+
+_HEADS = ("", "ms", "(least to most)", "to ours", "GFLOP/s", "of peak", "GB/s", "MB extra", "float64")
+
+
+def machine_line(made: Benchmark) -> str:
+    """What the machine is and reached, in one line."""
+    facts, floors = made.facts, made.floors
+    where = facts["device"] if made.device.type == "cuda" else facts["cpu"] or facts["machine"]
+    words = [str(where), f"torch {facts['torch']}"]
+    if made.device.type == "cpu":
+        words.insert(1, f"{facts['threads']} threads")
+    if floors.flops is not None:
+        kinds = [f"{kind} {rate / 1e9:.0f}" for kind, rate in floors.kinds.items()]
+        words.append("measured peaks: " + (", ".join(kinds) or f"{floors.flops / 1e9:.0f}") + " GFLOP/s")
+    if floors.bandwidth is not None:
+        words.append(f"copies {floors.bandwidth / 1e9:.1f} GB/s")
+    return ", ".join(words)
+
+
+def format_table(made: Benchmark) -> str:
+    """Every measurement, fastest first, and every contender that has none with its reason."""
+    lines = [machine_line(made)]
+    for case, shape in dict.fromkeys((each.case, each.shape) for each in made.measurements):
+        rows = sorted(
+            (m for m in made.measurements if (m.case, m.shape) == (case, shape)), key=lambda m: m.ms
+        )
+        n, k, d = shape
+        what = "nearest code" if case == "search" else "layer, forward + backward"
+        lines += ["", f"{what}: N={n} K={k} D={d} {rows[0].dtype}"]
+        base = base_ms(rows)
+        lines += _columns([_HEADS, *(_cells(row, base) for row in sorted(rows, key=lambda row: row.ms))])
+    if made.skipped:
+        lines += ["", "left out:"]
+    for each in made.skipped:
+        at = "" if each.shape is None else f" at {'x'.join(map(str, each.shape))}"
+        case = "" if each.case == "both" else f" ({each.case}{at})"
+        lines.append(f"  {each.name}{case}: {each.reason}")
+    return "\n".join(lines)
+
+
+def base_ms(rows: Sequence[Measurement]) -> float:
+    """What ratios are taken of: the first of ours that was measured, else the first."""
+    return next((row.ms for row in rows if row.ours), rows[0].ms)
+
+
+def rows_of(made: Benchmark, case: str, shape: Shape) -> list[Measurement]:
+    """The measurements of one shape, in their order."""
+    return [each for each in made.measurements if (each.case, each.shape) == (case, shape)]
+
+
+def _cells(row: Measurement, base: float) -> tuple[str, ...]:
+    checked = "within bounds" if row.ours else "plausible"
+    return (
+        row.name,
+        f"{row.ms:.3g}" if row.ms < 1000 else f"{row.ms:.0f}",
+        f"({row.ms_min:.3g} to {row.ms_max:.3g})",
+        f"{row.ms / base:.2f}x",
+        f"{row.flops / 1e9:.3g}",
+        "-" if row.peak_share is None else f"{100 * row.peak_share:.2g}%",
+        f"{row.bandwidth / 1e9:.2f}",
+        "-" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}",
+        checked if row.agreement is None else _share(row.agreement, row.agreement_rows or 0),
+    )
+
+
+def _share(agreement: float, rows: int) -> str:
+    wrong = round((1 - agreement) * rows)
+    return "all rows" if not wrong else f"{wrong} of {rows} differ"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
