@@ -28,11 +28,11 @@ CASES = ("search", "layer")
 # the op that decides whether a backend of ours can run a case
 _OP = {"search": "nearest_code", "layer": "directional_backward"}
 # of the time that a shape has: the longest call of a peer, and what timing may take
-_LONGEST, _TIMED = 0.15, 0.4
+_LONGEST, _TIMED = 0.1, 0.4
 # seconds for the calls of one contender, and how many there are on a host
 _EACH, _FEWEST, _MOST = 1.0, 3, 25
 # seconds of a call from which on there is no second one
-_LONG = 3.0
+_LONG = 1.0
 # seconds that a compiler may take, and that the reference may take for all rows
 _COMPILE, _WHOLE = 20.0, 3.0
 # inputs that calls go through in turn on a GPU
@@ -81,12 +81,20 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Skip:
-    """A contender that has no measurement, and why; `shape` is None where it has none at any."""
+    """A contender that has no measurement.
+
+    Attributes:
+        case: "search", "layer", or "both". shape: N, K, D; None where it has no measurement at any.
+        name: of the contender, or of what would have to be installed.
+        reason: in one line.
+        failed: it was called, and raised or gave a wrong result.
+    """
 
     case: str
     shape: Shape | None
     name: str
     reason: str
+    failed: bool = False
 
 
 @dataclass
@@ -237,6 +245,8 @@ class _Case:
             found = self.tried(contender, x, judge, share)
             if isinstance(found, Checked):
                 good[contender.name] = found
+            elif isinstance(found, Failure):
+                self.skip(contender.name, found.reason, failed=True)
             else:
                 self.skip(contender.name, found)
         self.time(good)
@@ -250,11 +260,13 @@ class _Case:
         whole = not x.is_cuda and guessed_seconds(self.clock, search, x) <= _WHOLE
         return Oracle(x, self.codes, whole=whole)
 
-    def skip(self, name: str, reason: str) -> None:
-        self.made.skipped.append(Skip(self.case, self.shape, name, reason))
+    def skip(self, name: str, reason: str, *, failed: bool = False) -> None:
+        self.made.skipped.append(Skip(self.case, self.shape, name, reason, failed))
 
-    def tried(self, contender: Contender, x: Tensor, judge: Oracle | Steps, share: float) -> Checked | str:
-        """The contender after a call that was right, or why it is left out."""
+    def tried(
+        self, contender: Contender, x: Tensor, judge: Oracle | Steps, share: float
+    ) -> Checked | Failure | str:
+        """The contender after a call that was right, or its failure, or why it is left out."""
         reason = too_large(contender, self.shape, self.clock.free_bytes())
         if reason is not None:
             return reason
@@ -262,7 +274,7 @@ class _Case:
             return f"no {_COMPILE:.0f} s left for a compiler"
         run = attempt(partial(bind, contender, self.codes, self.inputs, self.grad))
         if isinstance(run, Failure):
-            return run.reason
+            return run
         # ours are measured, but for a reference that nobody asked for
         asked = contender.ours and ("reference" not in contender.name or self.backends is not None)
         if not asked and self.left() <= 0:
@@ -271,8 +283,7 @@ class _Case:
             took = guessed_seconds(self.clock, run, x)
             if took > _LONGEST * share:
                 return f"a call would take about {took:.1f} s, this shape has {share:.0f} s (--seconds gives more)"
-        found = attempt(partial(check, contender, run, x, judge))
-        return found.reason if isinstance(found, Failure) else found
+        return attempt(partial(check, contender, run, x, judge))
 
     def time(self, good: dict[str, Checked]) -> None:
         runs = {name: turning(each.run, self.inputs) for name, each in good.items()}
@@ -284,7 +295,7 @@ class _Case:
             counts = {name: _rounds(found.seconds, each) for name, found in good.items()}
             times, failed = spread_out(self.clock, runs, counts)
         for name, reason in failed.items():
-            self.skip(name, reason)
+            self.skip(name, reason, failed=True)
         extra = self.extra_bytes([good[name] for name in times])
         for name, values in times.items():
             self.made.measurements.append(self.measurement(good[name], values, extra.get(name)))

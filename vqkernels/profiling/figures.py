@@ -22,6 +22,8 @@ _MARKERS = "osD^vPX*"
 _TITLES = {"search": "nearest code", "layer": "layer, forward + backward"}
 # a rate within so much of a higher one has no line of its own
 _ALIKE = 0.85
+# factor between points of one intensity
+_ASIDE = 1.04
 
 
 def roofline(made: Benchmark, case: str) -> bytes:
@@ -41,17 +43,20 @@ def roofline(made: Benchmark, case: str) -> bytes:
     axis = figure.add_subplot()
     shapes, looks = list(dict.fromkeys(each.shape for each in found)), _looks(found)
     unit, word = (1e12, "TFLOP/s") if max(each.flops for each in found) > 2e13 else (1e9, "GFLOP/s")
+    places = list(looks)
     for each in found:
         total = each.flops * each.ms
+        # those of one intensity stand side by side, so that none hides another
+        place = each.intensity * _ASIDE ** (places.index(each.name) - (len(places) - 1) / 2)
         axis.plot(
-            [each.intensity] * 2,
+            [place] * 2,
             [total / each.ms_max / unit, total / each.ms_min / unit],
             color=looks[each.name],
             linewidth=1.4,
             alpha=0.6,
         )
         axis.plot(
-            each.intensity,
+            place,
             each.flops / unit,
             _MARKERS[shapes.index(each.shape) % len(_MARKERS)],
             color=looks[each.name],

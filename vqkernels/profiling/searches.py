@@ -65,7 +65,7 @@ def _prepared(backend: str) -> Make:
 
 def _flash(given: bool) -> Make:
     def make(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
-        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton  # pyright: ignore[reportMissingImports]
 
         table = codes[None]
         if not given:
@@ -106,7 +106,7 @@ def _sklearn(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
 def _keops(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
     # it talks of every formula it compiles
     os.environ.setdefault("PYKEOPS_VERBOSE", "0")
-    from pykeops.torch import LazyTensor
+    from pykeops.torch import LazyTensor  # pyright: ignore[reportMissingImports]
 
     def search(x: Tensor) -> Tensor:
         rows, columns = LazyTensor(x[:, None, :]), LazyTensor(codes[None, :, :])

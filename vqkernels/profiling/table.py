@@ -29,9 +29,7 @@ def format_table(made: Benchmark) -> str:
     """Every measurement, fastest first, and every contender that has none with its reason."""
     lines = [machine_line(made)]
     for case, shape in dict.fromkeys((each.case, each.shape) for each in made.measurements):
-        rows = sorted(
-            (m for m in made.measurements if (m.case, m.shape) == (case, shape)), key=lambda m: m.ms
-        )
+        rows = rows_of(made, case, shape)
         n, k, d = shape
         what = "nearest code" if case == "search" else "layer, forward + backward"
         lines += ["", f"{what}: N={n} K={k} D={d} {rows[0].dtype}"]
