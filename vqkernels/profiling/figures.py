@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from vqkernels.profiling.benchmark import Benchmark, Measurement
@@ -13,6 +14,7 @@ from vqkernels.profiling.table import base_ms, rows_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 DPI = 130
 # ours in blues; peers told apart also by readers who confuse red and green (Okabe and Ito)
@@ -20,10 +22,10 @@ _OURS = ("#0B3C6F", "#2E7EBB", "#79B5DE", "#12827C", "#5A4FCF")
 _PEERS = ("#E69F00", "#D55E00", "#CC79A7", "#009E73", "#8C510A", "#7F7F7F", "#B8A100", "#111111")
 _MARKERS = "osD^vPX*"
 _TITLES = {"search": "nearest code", "layer": "layer, forward + backward"}
-# a rate within so much of a higher one has no line of its own
-_ALIKE = 0.85
+# of the lines of peaks, from the highest on
+_STYLES = ("-", "--", ":")
 # factor between points of one intensity
-_ASIDE = 1.04
+_ASIDE = 1.05
 
 
 def roofline(made: Benchmark, case: str) -> bytes:
@@ -65,7 +67,7 @@ def roofline(made: Benchmark, case: str) -> bytes:
             markeredgewidth=0.7,
             zorder=3,
         )
-    _roofs(axis, made, found, unit, word)
+    roofs = _roofs(axis, made, found, unit, word)
     axis.set_xlabel("arithmetic intensity: 2 N K D operations per byte moved")
     axis.set_ylabel(word)
     axis.set_title(f"{_TITLES[case]}, {found[0].dtype}: {_where(made)}", fontsize=10.5, loc="left")
@@ -77,55 +79,43 @@ def roofline(made: Benchmark, case: str) -> bytes:
         Line2D([], [], color="dimgrey", marker=_MARKERS[i % len(_MARKERS)], linestyle="", label=_size(shape))
         for i, shape in enumerate(shapes)
     ]
-    figure.legend(handles=[*names, *marks], loc="outside right upper", fontsize=8.5, frameon=False)
+    figure.legend(handles=[*roofs, *names, *marks], loc="outside right upper", fontsize=8.5, frameon=False)
     return _png(figure)
 
 
-def _roofs(axis: Axes, made: Benchmark, found: Sequence[Measurement], unit: float, word: str) -> None:
+def _roofs(axis: Axes, made: Benchmark, found: Sequence[Measurement], unit: float, word: str) -> list[Line2D]:
     peaks = dict(made.floors.kinds) or ({"matrix product": made.floors.flops} if made.floors.flops else {})
     rows = [each.intensity for each in found]
     top = max(peaks.values(), default=max(each.flops for each in found))
     bandwidth = made.floors.bandwidth
     # to the left as far as the slope is the roof
     ridge = top / bandwidth if bandwidth else min(rows)
-    low, high = min(*rows, ridge) / 3, max(*rows, ridge) * 3
+    low, high = min(*rows, ridge) / 4, max(*rows, ridge) * 3
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(low, high)
     bottom = min(min(each.flops * each.ms / each.ms_max for each in found), (bandwidth or top) * low) / 1.6
     axis.set_ylim(bottom / unit, 2.2 * top / unit)
+    lines = []
     if bandwidth:
-        axis.plot([low, ridge], [low * bandwidth / unit, top / unit], color="black", linewidth=1.6)
-        axis.annotate(
-            f"copies: {bandwidth / 1e9:.0f} GB/s",
-            ((low * ridge) ** 0.5, (low * ridge) ** 0.5 * bandwidth / unit),
-            (6, -12),
-            textcoords="offset points",
-            fontsize=9,
+        lines += axis.plot(
+            [low, ridge],
+            [low * bandwidth / unit, top / unit],
+            color="black",
+            linewidth=1.8,
+            label=f"measured copies: {bandwidth / 1e9:.0f} GB/s",
         )
-    shown: list[float] = []
-    for kind, rate in sorted(peaks.items(), key=lambda item: -item[1]):
-        # of two lines almost on each other the lower one has its words below
-        below = any(rate > _ALIKE * other for other in shown)
-        start = rate / bandwidth if bandwidth else low
-        axis.plot(
-            [start, high],
+    # their words stand in the legend: a point may lie anywhere below a roof
+    for (kind, rate), style in zip(sorted(peaks.items(), key=lambda item: -item[1]), cycle(_STYLES)):
+        lines += axis.plot(
+            [rate / bandwidth if bandwidth else low, high],
             [rate / unit] * 2,
-            color="black" if not shown else "grey",
-            linewidth=1.6 if not shown else 1.1,
-            linestyle="-" if not shown else "--",
+            color="black",
+            linewidth=1.6 if style == "-" else 1.1,
+            linestyle=style,
+            label=f"measured {kind}: {rate / unit:.0f} {word}",
         )
-        axis.annotate(
-            f"measured peak, {kind}: {rate / unit:.0f} {word}",
-            (high, rate / unit),
-            (-4, -4 if below else 4),
-            textcoords="offset points",
-            ha="right",
-            va="top" if below else "bottom",
-            fontsize=9,
-            color="black" if not shown else "dimgrey",
-        )
-        shown.append(rate)
+    return lines
 
 
 def bars(made: Benchmark, case: str) -> bytes:

@@ -45,8 +45,9 @@ def format_table(made: Benchmark) -> str:
 
 
 def base_ms(rows: Sequence[Measurement]) -> float:
-    """What ratios are taken of: the first of ours that was measured, else the first."""
-    return next((row.ms for row in rows if row.ours), rows[0].ms)
+    """What ratios are taken of: the first of ours that was measured, the reference last of all; else the first."""
+    ours = sorted((row for row in rows if row.ours), key=lambda row: "reference" in row.name)
+    return (ours or rows)[0].ms
 
 
 def rows_of(made: Benchmark, case: str, shape: Shape) -> list[Measurement]:
