@@ -9,6 +9,18 @@ from torch import Tensor, nn
 
 from vqkernels.checks import refuse
 
+# what `nn.Module` keeps of the hooks around a forward and its backward
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
 
 class UnservedOption(ValueError):
     """A keyword of the peer that its face does not serve: the sentence names it."""
@@ -25,6 +37,8 @@ class Face(nn.Module):
     peers: ClassVar[tuple[str, ...]] = ()
     # one sentence for each way in which it behaves otherwise than the peer, on purpose
     differences: ClassVar[tuple[str, ...]] = ()
+    # the methods of the peer that quantize, which a verification compares; all return what `outcome` reads
+    entries: ClassVar[tuple[str, ...]] = ("forward",)
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:
@@ -108,8 +122,9 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
     modes = {key: module.training for key, module in peer.named_modules()}
     for key, module in face.named_modules():
         module.training = modes.get(key, peer.training)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(face, hooks).update(getattr(peer, hooks))
+    for hooks in _HOOKS:
+        # the very table, for the handles that remove a hook know it alone
+        setattr(face, hooks, getattr(peer, hooks))
 
 
 def _entries(root: nn.Module, table: str) -> dict[str, tuple[nn.Module, str, Tensor | None]]:
