@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqkernels.checks import refuse
 
 # what `nn.Module` keeps of the hooks around a forward and its backward
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -18,7 +18,6 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
-    "_is_full_backward_hook",
 )
 
 
@@ -122,9 +121,19 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
     modes = {key: module.training for key, module in peer.named_modules()}
     for key, module in face.named_modules():
         module.training = modes.get(key, peer.training)
-    for hooks in _HOOKS:
-        # the very table, for the handles that remove a hook know it alone
-        setattr(face, hooks, getattr(peer, hooks))
+    for hooks in HOOKS:
+        getattr(face, hooks).update(getattr(peer, hooks))
+    face._is_full_backward_hook = peer._is_full_backward_hook
+
+
+def take_hooks(face: nn.Module, peer: nn.Module) -> None:
+    """Keep the hooks of `face` in the tables of `peer`, for the handles that remove a hook know those alone."""
+    for hooks in HOOKS:
+        mine, table = getattr(face, hooks), getattr(peer, hooks)
+        kept = dict(mine)
+        table.clear()
+        table.update(kept)
+        setattr(face, hooks, table)
 
 
 def _entries(root: nn.Module, table: str) -> dict[str, tuple[nn.Module, str, Tensor | None]]:
