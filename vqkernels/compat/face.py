@@ -101,8 +101,12 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
     name = type(face).__name__
     for table in ("_parameters", "_buffers"):
         ours, theirs = _entries(face, table), _entries(peer, table)
-        if ours.keys() != theirs.keys():
-            got = ", ".join(sorted(ours.keys() ^ theirs.keys()))
+        # an empty entry, such as the bias of a layer without one, needs none on the other side
+        unmatched = [
+            key for one, other in ((ours, theirs), (theirs, ours)) for key in _filled(one) - other.keys()
+        ]
+        if unmatched:
+            got = ", ".join(sorted(unmatched))
             refuse(
                 ValueError,
                 name,
@@ -112,7 +116,7 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
                 "Report it",
             )
         for key, (module, entry, old) in ours.items():
-            new = theirs[key][2]
+            new = theirs[key][2] if key in theirs else None
             if old is not None and new is not None and old.shape != new.shape:
                 got = f"{tuple(new.shape)} for {tuple(old.shape)}"
                 refuse(ValueError, name, key, "have the shape of its peer's", got, "Report it")
@@ -134,6 +138,10 @@ def take_hooks(face: nn.Module, peer: nn.Module) -> None:
         table.clear()
         table.update(kept)
         setattr(face, hooks, table)
+
+
+def _filled(entries: dict[str, tuple[nn.Module, str, Tensor | None]]) -> set[str]:
+    return {key for key, (_, _, tensor) in entries.items() if tensor is not None}
 
 
 def _entries(root: nn.Module, table: str) -> dict[str, tuple[nn.Module, str, Tensor | None]]:
