@@ -65,8 +65,11 @@ class ImportanceReplacement(Upkeep):
         source = torch.searchsorted(share, drawn, right=True).clamp_max(k - 1)
         wide = torch.promote_types(codes.dtype, torch.float32)
         copied = codes[source].to(wide)
-        scale = self.noise * copied.square().mean(1, keepdim=True).sqrt()
         jitter = philox.normals(words[:, 1:]).flatten(1)[:, :d].to(wide)
-        codebook.assign(copied + scale * jitter, dead)
+        codebook.assign(copied + self.spread(copied) * jitter, dead)
         self.counts.zero_()
         return dead
+
+    def spread(self, copied: Tensor) -> Tensor:
+        """Standard deviation of the perturbation of copied codes (..., D): (..., 1)."""
+        return self.noise * copied.square().mean(-1, keepdim=True).sqrt()

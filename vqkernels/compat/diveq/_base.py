@@ -1,0 +1,120 @@
+"""What all faces of diveq have in common: codes, a count of iterations, and forward beside inference."""
+
+from __future__ import annotations
+
+import inspect
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vqkernels.checks import check_count, check_flag, check_floating, refuse
+from vqkernels.compat.face import Face
+from vqkernels.nn._random import draw_seed, first_row
+from vqkernels.nn.estimators.base import Context
+from vqkernels.nn.metrics import code_counts
+from vqkernels.nn.quantizers.base import recomputing
+from vqkernels.nn.upkeep.recent import usable
+
+# of every face here, in the words of a report
+ALWAYS = (
+    "noise_var is a standard deviation, as the released code uses it, and not the variance that its name says.",
+    "In eval mode forward is deterministic, counts nothing and advances nothing; the released forward goes on.",
+    "The perplexity is a 0-d tensor: it waits for the device when it is looked at, and not in each forward.",
+    "Nothing of size rows x codes is ever made.",
+)
+
+
+class DiveqFace(Face):
+    """Base of the faces of diveq 0.1.3.
+
+    Args:
+        num_embeddings: K, of each codebook.
+        embedding_dim: D, features of the input.
+        shape: of the codebooks: (K, D), or (Q, K, D) for several.
+        uniform_init: start at U(0, 1/K), else at N(0, 1/K^2).
+        allow_warning: whether to warn of unusual options.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    codebook: nn.Parameter
+    iter_counter: Tensor
+    # fewest codes it can work with
+    min_codes: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        shape: tuple[int, ...],
+        *,
+        uniform_init: bool,
+        allow_warning: bool,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        self.num_embeddings = check_count(name, "num_embeddings", num_embeddings, minimum=self.min_codes)
+        self.embedding_dim = check_count(name, "embedding_dim", embedding_dim, minimum=1)
+        self.uniform_init = check_flag(name, "uniform_init", uniform_init)
+        self.allow_warning = check_flag(name, "allow_warning", allow_warning)
+        draw = torch.rand if uniform_init else torch.randn
+        self.codebook = nn.Parameter(draw(shape) / num_embeddings)
+        self._register(shape)
+        self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32))
+        # what the counter held when it was last read, and which tensor that was
+        self._iteration, self._read = 0, None
+
+    def _register(self, shape: tuple[int, ...]) -> None:
+        """Further buffers, which come before the counter in a state dict."""
+
+    @property
+    def iteration(self) -> int:
+        """Training forwards so far; waits for the device only after the counter was loaded, moved or replaced."""
+        if self.iter_counter is not self._read:
+            self._iteration, self._read = int(self.iter_counter), self.iter_counter
+        return self._iteration
+
+    def _advance(self) -> int:
+        """Count this training forward; its number, from 1."""
+        number = self.iteration
+        if recomputing():
+            return number
+        with torch.no_grad():
+            self.iter_counter += 1
+        self._iteration = number + 1
+        return self._iteration
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._read = None
+
+    def _check(self, z: Tensor) -> None:
+        op = type(self).__name__
+        check_floating(op, "z", z)
+        if z.dim() != 2 or z.shape[1] != self.embedding_dim:
+            fix = "Move the features last and flatten the rest: z.reshape(-1, D)"
+            refuse(ValueError, op, "z", f"be (N, {self.embedding_dim})", f"shape {tuple(z.shape)}", fix)
+
+    def _context(self, z: Tensor) -> Context:
+        """The noise of this forward: the rows of all ranks are rows of one batch."""
+        return Context(draw_seed(z.device), first_row(len(z)))
+
+    def _counts(self, z: Tensor, indices: Tensor) -> Tensor:
+        """Rows of each code (K,), those with a NaN or Inf left out."""
+        return code_counts(torch.where(usable(z.detach()), indices, -1), self.num_embeddings)
+
+    @classmethod
+    def options_of(cls, peer: nn.Module) -> dict[str, object]:
+        """The keywords that would construct `peer` anew; those that an older version does not know at their default."""
+        parameters = list(inspect.signature(cls).parameters.values())
+        return {p.name: getattr(peer, p.name, p.default) for p in parameters}
+
+    def extra_repr(self) -> str:
+        names = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def no_seed(z: Tensor) -> Context:
+    """The context of what draws no noise."""
+    return Context(torch.zeros((), dtype=torch.int64, device=z.device))

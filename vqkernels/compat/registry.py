@@ -1,0 +1,117 @@
+"""Which face stands for which class of another library, by name alone: nothing is imported to find out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import NamedTuple
+
+from torch import nn
+
+from vqkernels.compat.face import Face
+
+_LUCIDRAINS = "vqkernels.compat.vector_quantize_pytorch"
+_DIVEQ = "vqkernels.compat.diveq"
+_VQTORCH = "vqkernels.compat.vqtorch"
+_TAMING = "vqkernels.compat.taming"
+
+# qualified name of a peer -> the module and the name of its face
+_FACES: dict[str, tuple[str, str] | type[Face]] = {
+    "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": (_LUCIDRAINS, "VectorQuantize"),
+    "vector_quantize_pytorch.residual_vq.ResidualVQ": (_LUCIDRAINS, "ResidualVQ"),
+    "vector_quantize_pytorch.residual_vq.GroupedResidualVQ": (_LUCIDRAINS, "GroupedResidualVQ"),
+    "vector_quantize_pytorch.sim_vq.SimVQ": (_LUCIDRAINS, "SimVQ"),
+    "vector_quantize_pytorch.finite_scalar_quantization.FSQ": (_LUCIDRAINS, "FSQ"),
+    "vector_quantize_pytorch.lookup_free_quantization.LFQ": (_LUCIDRAINS, "LFQ"),
+    "diveq.diveq.DIVEQ": (_DIVEQ, "DIVEQ"),
+    "diveq.diveq_detach.DIVEQDetach": (_DIVEQ, "DIVEQDetach"),
+    "diveq.sf_diveq.SFDIVEQ": (_DIVEQ, "SFDIVEQ"),
+    "diveq.sf_diveq_detach.SFDIVEQDetach": (_DIVEQ, "SFDIVEQDetach"),
+    "diveq.residual_diveq.ResidualDIVEQ": (_DIVEQ, "ResidualDIVEQ"),
+    "diveq.residual_sf_diveq.ResidualSFDIVEQ": (_DIVEQ, "ResidualSFDIVEQ"),
+    "diveq.product_diveq.ProductDIVEQ": (_DIVEQ, "ProductDIVEQ"),
+    "diveq.product_sf_diveq.ProductSFDIVEQ": (_DIVEQ, "ProductSFDIVEQ"),
+    "vqtorch.nn.vq.VectorQuant": (_VQTORCH, "VectorQuant"),
+    "vqtorch.nn.gvq.GroupVectorQuant": (_VQTORCH, "GroupVectorQuant"),
+    "vqtorch.nn.rvq.ResidualVectorQuant": (_VQTORCH, "ResidualVectorQuant"),
+    "taming.modules.vqvae.quantize.VectorQuantizer": (_TAMING, "VectorQuantizer"),
+    "taming.modules.vqvae.quantize.VectorQuantizer2": (_TAMING, "VectorQuantizer2"),
+    "taming.modules.vqvae.quantize.GumbelQuantize": (_TAMING, "GumbelQuantize"),
+}
+
+# modules of those libraries that ask their quantizers for more than a face has: their class, or its inner modules
+_COMPOSITES = frozenset(
+    f"vector_quantize_pytorch.{name}"
+    for name in (
+        "hierarchical_vq.HierarchicalVQ",
+        "random_projection_quantizer.RandomProjectionQuantizer",
+        "residual_fsq.ResidualFSQ",
+        "residual_fsq.GroupedResidualFSQ",
+        "residual_lfq.ResidualLFQ",
+        "residual_lfq.GroupedResidualLFQ",
+        "residual_sim_vq.ResidualSimVQ",
+        "utils.Sequential",
+    )
+)
+
+# what a class statement writes into every class
+_ALWAYS = {
+    "__module__",
+    "__qualname__",
+    "__doc__",
+    "__init__",
+    "__annotations__",
+    "__parameters__",
+    "__orig_bases__",
+}
+_ALWAYS |= {
+    "__firstlineno__",
+    "__static_attributes__",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations_cache__",
+}
+
+
+class Recognized(NamedTuple):
+    """A peer: its qualified name, and what its class changes of it, where it is a subclass."""
+
+    name: str
+    changed: tuple[str, ...]
+
+
+def qualified(kind: type) -> str:
+    """The name of a class with that of its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def recognize(module: nn.Module) -> Recognized | None:
+    """Say which peer a module is, or inherits from; None for all others."""
+    changed: list[str] = []
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            break
+        if qualified(kind) in _FACES:
+            return Recognized(qualified(kind), tuple(dict.fromkeys(changed)))
+        changed += [name for name in vars(kind) if name not in _ALWAYS]
+    return None
+
+
+def is_composite(module: nn.Module) -> bool:
+    """Whether a module is a quantizer of a peer library around others, for which there is no face."""
+    return any(qualified(kind) in _COMPOSITES for kind in type(module).__mro__)
+
+
+def face_of(name: str) -> type[Face]:
+    """The face that stands for a peer; its module is imported here and no sooner.
+
+    Args:
+        name: as `recognize` says.
+    """
+    face = _FACES[name]
+    return face if isinstance(face, type) else getattr(import_module(face[0]), face[1])
+
+
+def register_face(face: type[Face]) -> type[Face]:
+    """Let `convert` know a face of your own, under every name in its `peers`; a decorator of classes."""
+    _FACES.update(dict.fromkeys(face.peers, face))
+    return face
