@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vqkernels.profiling.benchmark import Benchmark, Measurement
 from vqkernels.profiling.machine import Shape
+from vqkernels.profiling.step_profile import columns
 
 _HEADS = ("", "ms", "(least to most)", "to ours", "GFLOP/s", "of peak", "GB/s", "MB extra", "float64")
 
@@ -34,7 +35,9 @@ def format_table(made: Benchmark) -> str:
         what = "nearest code" if case == "search" else "layer, forward + backward"
         lines += ["", f"{what}: N={n} K={k} D={d} {rows[0].dtype}"]
         base = base_ms(rows)
-        lines += _columns([_HEADS, *(_cells(row, base) for row in sorted(rows, key=lambda row: row.ms))])
+        lines += columns(
+            [_HEADS, *(_cells(row, base) for row in sorted(rows, key=lambda row: row.ms))], left=1
+        )
     if made.skipped:
         lines += ["", "left out:"]
     for each in made.skipped:
@@ -73,14 +76,3 @@ def _cells(row: Measurement, base: float) -> tuple[str, ...]:
 def _share(agreement: float, rows: int) -> str:
     wrong = round((1 - agreement) * rows)
     return "all rows" if not wrong else f"{wrong} of {rows} differ"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    ]
