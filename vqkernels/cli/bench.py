@@ -8,8 +8,8 @@ import torch
 import tyro
 
 from vqkernels.checks import refuse
-from vqkernels.profiling.benchmark import benchmark
 from vqkernels.profiling.machine import Shape
+from vqkernels.profiling.measuring import benchmark
 from vqkernels.train.checkpoints.files import open_folder, replace_file
 from vqkernels.train.config import RunError
 

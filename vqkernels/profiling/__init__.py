@@ -1,10 +1,10 @@
 """What a call and what a training step costs: clocks, peers, rooflines and profiles."""
 
-from vqkernels.profiling.benchmark import Benchmark as Benchmark
-from vqkernels.profiling.benchmark import Measurement as Measurement
-from vqkernels.profiling.benchmark import benchmark as benchmark
 from vqkernels.profiling.figures import bars as bars
 from vqkernels.profiling.figures import roofline as roofline
+from vqkernels.profiling.measuring import Benchmark as Benchmark
+from vqkernels.profiling.measuring import Measurement as Measurement
+from vqkernels.profiling.measuring import benchmark as benchmark
 from vqkernels.profiling.ranges import quantizers_of as quantizers_of
 from vqkernels.profiling.ranges import ranges as ranges
 from vqkernels.profiling.step_profile import Comparison as Comparison

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from vqkernels.profiling.benchmark import Benchmark, Measurement
 from vqkernels.profiling.machine import Shape
+from vqkernels.profiling.measuring import Benchmark, Measurement
 from vqkernels.profiling.table import base_ms, rows_of
 
 if TYPE_CHECKING:

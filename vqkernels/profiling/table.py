@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vqkernels.profiling.benchmark import Benchmark, Measurement
 from vqkernels.profiling.machine import Shape
+from vqkernels.profiling.measuring import Benchmark, Measurement
 from vqkernels.profiling.step_profile import columns
 
 _HEADS = ("", "ms", "(least to most)", "to ours", "GFLOP/s", "of peak", "GB/s", "MB extra", "float64")

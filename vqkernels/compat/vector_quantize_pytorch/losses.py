@@ -112,7 +112,7 @@ def nearest_few(x: Tensor, codes: Tensor, count: int) -> Tensor:
 def orthogonal(codes: Tensor) -> Tensor:
     """How far codes (G, K, D) are from orthogonal (Shin et al. 2021, eq. 2).
 
-    sum_ij cos^2(c_i, c_j) / (G K^2) - 1 / K,   where sum_ij (u_i . u_j)^2 = |sum_i u_i u_i^T|^2
+        sum_ij cos^2(c_i, c_j) / (G K^2) - 1 / K,   where sum_ij (u_i . u_j)^2 = |sum_i u_i u_i^T|^2
     """
     groups, size, _ = codes.shape
     unit = F.normalize(codes.float(), dim=-1, eps=1e-6)

@@ -23,14 +23,7 @@ from vqkernels.ops import directional
 _VARIANCE = 5e-3
 _SEEDS = 10_000
 # options of a layer that ResidualVQ sets itself
-_OWN = (
-    "dim",
-    "codebook_size",
-    "codebook_dim",
-    "heads",
-    "accept_image_fmap",
-    "return_zeros_for_masked_padding",
-)
+_OWN = ("dim", "codebook_size", "codebook_dim", "heads", "accept_image_fmap", "return_zeros_for_masked_padding")
 
 
 class ResidualVQ(Face):
@@ -101,14 +94,7 @@ class ResidualVQ(Face):
         **vq_kwargs,
     ):
         super().__init__()
-        _check(
-            heads,
-            implicit_neural_codebook,
-            beam_size,
-            eval_beam_size,
-            quantize_dropout_cutoff_index,
-            vq_kwargs,
-        )
+        _check(heads, implicit_neural_codebook, beam_size, eval_beam_size, quantize_dropout_cutoff_index, vq_kwargs)
         sizes = codebook_sizes(num_quantizers, codebook_size)
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
         self.has_projections = self.codebook_dim != dim
@@ -132,8 +118,7 @@ class ResidualVQ(Face):
         width = self.codebook_dim
         zeros = {"return_zeros_for_masked_padding": return_zeros_for_masked_padding}
         self.layers = nn.ModuleList(
-            VectorQuantize(dim=width, codebook_size=size, codebook_dim=width, **zeros, **vq_kwargs)
-            for size in sizes
+            VectorQuantize(dim=width, codebook_size=size, codebook_dim=width, **zeros, **vq_kwargs) for size in sizes
         )
         self.quantize_dropout = quantize_dropout and self.num_quantizers > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
@@ -145,21 +130,12 @@ class ResidualVQ(Face):
         weights = [1.0] * len(sizes) if beam_score_quantizer_weights is None else beam_score_quantizer_weights
         if len(weights) != len(sizes):
             fix = "Pass one per stage"
-            refuse(
-                ValueError,
-                "ResidualVQ",
-                "beam_score_quantizer_weights",
-                f"have {len(sizes)}",
-                len(weights),
-                fix,
-            )
+            refuse(ValueError, "ResidualVQ", "beam_score_quantizer_weights", f"have {len(sizes)}", len(weights), fix)
         self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
         self.shared_codebook = shared_codebook
         if shared_codebook:
             if not self.uniform_codebook_size:
-                refuse(
-                    ValueError, "ResidualVQ", "codebook_size", "be one where it is shared", sizes, "Pass one"
-                )
+                refuse(ValueError, "ResidualVQ", "codebook_size", "be one where it is shared", sizes, "Pass one")
             for layer in self.layers[1:]:
                 layer._codebook = self.layers[0]._codebook
 
@@ -210,25 +186,14 @@ class ResidualVQ(Face):
         missing = self.num_quantizers - indices.shape[-1]
         if missing and not self.quantize_dropout:
             fix = "Pass indices of all stages, or construct it with quantize_dropout=True"
-            refuse(
-                ValueError,
-                "ResidualVQ",
-                "indices",
-                f"have {self.num_quantizers} stages",
-                indices.shape[-1],
-                fix,
-            )
+            refuse(ValueError, "ResidualVQ", "indices", f"have {self.num_quantizers} stages", indices.shape[-1], fix)
         places = indices.shape[:-1]
-        flat = nn.functional.pad(indices, (0, missing), value=-1).reshape(
-            len(indices), -1, self.num_quantizers
-        )
+        flat = nn.functional.pad(indices, (0, missing), value=-1).reshape(len(indices), -1, self.num_quantizers)
         codes = [
             layer.get_codes_from_indices(index.clamp_min(0)).masked_fill((index < 0)[..., None], 0)
             for layer, index in zip(self.layers, flat.unbind(-1), strict=True)
         ]
-        return (
-            torch.stack(codes).unflatten(2, places[1:]) if len(places) > 1 else torch.stack(codes).squeeze(2)
-        )
+        return torch.stack(codes).unflatten(2, places[1:]) if len(places) > 1 else torch.stack(codes).squeeze(2)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The output that indices decode to: (B, ..., q) -> (B, ..., D), the features last in any case."""
@@ -286,9 +251,7 @@ class ResidualVQ(Face):
             z = _moved(y, z)
         z = self.project_out(z)
         if mask is not None:
-            z = torch.where(
-                mask[..., None], z, torch.zeros_like(z) if self.return_zeros_for_masked_padding else rows
-            )
+            z = torch.where(mask[..., None], z, torch.zeros_like(z) if self.return_zeros_for_masked_padding else rows)
         z = z.mT.unflatten(2, shape[2:]) if self.accept_image_fmap else z.reshape(shape)
         if indices is not None:
             return z, found.losses
@@ -311,9 +274,7 @@ class ResidualVQ(Face):
     def _update(self, found: Found, mask: Tensor | None) -> None:
         """What stages leave to the end: statistics of the path that a beam search took, and those of a shared codebook."""
         if found.searched:
-            for layer, rows, index in zip(
-                self.layers, found.residuals, found.indices.unbind(-1), strict=False
-            ):
+            for layer, rows, index in zip(self.layers, found.residuals, found.indices.unbind(-1), strict=False):
                 layer.update_indices(rows, index, mask=mask)
         if self.shared_codebook:
             first = self.layers[0]
@@ -381,12 +342,7 @@ def _no_neural_codebook() -> None:
 
 
 def _check(
-    heads: int,
-    neural: bool,
-    beam: int | None,
-    eval_beam: int | None,
-    cutoff: int,
-    vq_kwargs: dict[str, object],
+    heads: int, neural: bool, beam: int | None, eval_beam: int | None, cutoff: int, vq_kwargs: dict[str, object]
 ) -> None:
     name = "ResidualVQ"
     if heads != 1:

@@ -143,10 +143,7 @@ class VectorQuantize(Face):
         self.has_codebook_diversity_loss = codebook_diversity_loss_weight > 0
         self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
         self.codebook_diversity_temperature = codebook_diversity_temperature
-        self.stochastic_sample_codes, self.sample_codebook_temp = (
-            stochastic_sample_codes,
-            sample_codebook_temp,
-        )
+        self.stochastic_sample_codes, self.sample_codebook_temp = stochastic_sample_codes, sample_codebook_temp
         self.straight_through, self.rotation_trick = straight_through, rotation_trick
         self.directional_reparam = directional_reparam
         self.directional_reparam_variance = directional_reparam_variance
@@ -550,6 +547,4 @@ def _checkpointed() -> bool:
     """Whether a backward may run this forward again."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    )
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
