@@ -13,6 +13,7 @@ from vqkernels.profiling import (
     bars,
     benchmark,
     format_table,
+    measuring,
     memory,
     roofline,
     timing,
