@@ -176,7 +176,7 @@ def test_what_takes_too_long_is_left_out(monkeypatch):
     listed(monkeypatch, Contender("vqkernels good", right, exact=True), Contender("peer", slow))
     found = benchmark([("search", SHAPE)], device=CPU, dtype=torch.float32, seconds=3)
     assert [each.name for each in found.measurements] == ["vqkernels good"]
-    assert "a call would take about 0.4 s" in found.skipped[-1].reason
+    assert "a call would take about" in found.skipped[-1].reason
 
 
 def test_operations_and_bytes():

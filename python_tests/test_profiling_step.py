@@ -245,6 +245,7 @@ def calls():
         )
     x, codes = (torch.randn(n, D, device=DEVICE, requires_grad=True) for n in (40, 9))
     yield lambda: vq.sf_diveq(x, codes).z.sum().backward()
+    yield lambda: vq.nearest_segment(x.detach(), codes.detach())
     yield lambda: vq.ops.unit_rows(x).sum().backward()
     yield lambda: vq.code_sums(x.detach(), torch.zeros(40, dtype=torch.int64, device=DEVICE), 3)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqkernels.checks import check_choice, check_count, refuse
 from vqkernels.dispatch import BACKENDS
-from vqkernels.ops import OPS
+from vqkernels.ops import OPS, nearest_code
 from vqkernels.profiling import memory
 from vqkernels.profiling.checked import Checked, check, guessed_seconds, too_large, turning
 from vqkernels.profiling.layers import layers
@@ -254,9 +254,7 @@ class _Case:
     def judge(self, x: Tensor) -> Oracle | Steps:
         if self.case == "layer":
             return Steps(x, self.codes, self.grad)
-        import vqkernels as vq
-
-        search = lambda rows: vq.nearest_code(rows, self.codes, backend="reference")  # noqa: E731
+        search = partial(nearest_code, codebook=self.codes, backend="reference")
         whole = not x.is_cuda and guessed_seconds(self.clock, search, x) <= _WHOLE
         return Oracle(x, self.codes, whole=whole)
 

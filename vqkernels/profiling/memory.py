@@ -23,8 +23,8 @@ from vqkernels.profiling.timing import Failure, attempt, tensors
 # of the call before, which loads libraries and starts threads
 WARMED = 256
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# what the process runs, wherever this package came from
-_CHILD = "from vqkernels.profiling.memory import main; main()"
+# what the process runs: this very package, wherever it came from
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from vqkernels.profiling.memory import main; main()"
 _RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -46,12 +46,6 @@ def peak_bytes(run: Callable[[], object]) -> int:
     kept = run()
     peak = _status("VmHWM") - before
     return max(0, peak - sum(t.untyped_storage().nbytes() for t in tensors(kept)))
-
-
-def _paths() -> str:
-    """Where the process finds this very package, and what the caller finds."""
-    ours = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _status(name: str) -> int:
@@ -83,14 +77,14 @@ def extra_bytes(
     asked["backends"] = None if backends is None else list(backends)
     left = list(names)
     while left:
-        command = [sys.executable, "-c", _CHILD, json.dumps(asked | {"names": left})]
+        command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), json.dumps(asked | {"names": left})]
         try:
             # what a peer says on its way is not ours to show
             ran = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
-                env=os.environ | _RETURNED | {"PYTHONPATH": _paths()},
+                env=os.environ | _RETURNED,
                 timeout=seconds,
                 check=False,
             )
@@ -110,8 +104,8 @@ def extra_bytes(
 
 
 def main() -> None:
-    """Measure the contenders that the one argument names, in that order; a line of JSON on stdout for each."""
-    asked = json.loads(sys.argv[1])
+    """Measure the contenders that the last argument names, in that order; a line of JSON on stdout for each."""
+    asked = json.loads(sys.argv[2])
     n, k, d = asked["shape"]
     dtype = getattr(torch, asked["dtype"])
     device = torch.device("cpu")
