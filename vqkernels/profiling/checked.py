@@ -21,8 +21,10 @@ Call = Callable[[Tensor], object]
 
 # of the free memory, what a contender may want
 _WANTED = 0.8
-# the part of the rows that tells what a call of all will take, and no fewer than these
-_TRIED, _LEAST = 32, 512
+# the part of the rows that tells what a call of all will take
+_TRIED = 32
+# milliseconds of a call that may be tried again
+_SHORT = 50.0
 
 
 @dataclass
@@ -50,14 +52,29 @@ def too_large(contender: Contender, shape: Shape, free: int | None) -> str | Non
     return f"it would need {needs / 1e9:.0f} GB of {free / 1e9:.0f} GB"
 
 
-def guessed_seconds(clock: Clock, run: Call, x: Tensor) -> float:
-    """What a call with all rows will take, from what some of them took; 0 where nobody can say."""
-    some = x[: max(_LEAST, len(x) // _TRIED)]
+def guessed_seconds(clock: Clock, run: Call, x: Tensor, *, least: int = 1, tries: int = 1) -> float:
+    """What a call with all rows will take, from what some of them took; 0 where nobody can say.
+
+    Args:
+        clock: measures.
+        run: what is called.
+        x: (N, D), all rows.
+        least: rows that are called at least.
+        tries: calls that are timed, where they are short; the shortest counts.
+    """
+    some = x[: max(least, len(x) // _TRIED)]
     # the first call loads, compiles or starts threads; what it raises, the check will tell
     if isinstance(attempt(lambda: run(some)), Failure):
         return 0.0
-    took = attempt(lambda: clock.time(lambda: run(some)))
-    return 0.0 if isinstance(took, Failure) else took * len(x) / len(some) / 1e3
+    shortest = float("inf")
+    for _ in range(tries):
+        took = attempt(lambda: clock.time(lambda: run(some)))
+        if isinstance(took, Failure):
+            return 0.0
+        shortest = min(shortest, took)
+        if took > _SHORT:
+            break
+    return shortest * len(x) / len(some) / 1e3
 
 
 def check(contender: Contender, run: Bound, x: Tensor, judge: Oracle | Steps) -> Checked:

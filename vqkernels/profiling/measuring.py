@@ -31,6 +31,8 @@ _OP = {"search": "nearest_code", "layer": "directional_backward"}
 _LONGEST, _TIMED = 0.1, 0.4
 # seconds for the calls of one contender, and how many there are on a host
 _EACH, _FEWEST, _MOST = 1.0, 3, 25
+# rows that tell what a call of all will take, at least
+_LEAST = 512
 # seconds of a call from which on there is no second one
 _LONG = 1.0
 # seconds that a compiler may take, and that the reference may take for all rows
@@ -255,7 +257,7 @@ class _Case:
         if self.case == "layer":
             return Steps(x, self.codes, self.grad)
         search = partial(nearest_code, codebook=self.codes, backend="reference")
-        whole = not x.is_cuda and guessed_seconds(self.clock, search, x) <= _WHOLE
+        whole = not x.is_cuda and guessed_seconds(self.clock, search, x, least=_LEAST) <= _WHOLE
         return Oracle(x, self.codes, whole=whole)
 
     def skip(self, name: str, reason: str, *, failed: bool = False) -> None:
@@ -278,7 +280,7 @@ class _Case:
         if not asked and self.left() <= 0:
             return "no time left"
         if not asked and not x.is_cuda:
-            took = guessed_seconds(self.clock, run, x)
+            took = guessed_seconds(self.clock, run, x, least=_LEAST, tries=3)
             if took > _LONGEST * share:
                 return f"a call would take about {took:.1f} s, this shape has {share:.0f} s (--seconds gives more)"
         return attempt(partial(check, contender, run, x, judge))
