@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, NoReturn
 
 import torch
@@ -36,8 +38,11 @@ class Face(nn.Module):
     peers: ClassVar[tuple[str, ...]] = ()
     # one sentence for each way in which it behaves otherwise than the peer, on purpose
     differences: ClassVar[tuple[str, ...]] = ()
-    # the methods of the peer that quantize, which a verification compares; all return what `outcome` reads
-    entries: ClassVar[tuple[str, ...]] = ("forward",)
+    # methods of the peer that quantize -> the method, of both, by which a verification compares them: one that draws no
+    # noise in eval mode; what it returns is what `outcome` reads
+    entries: ClassVar[Mapping[str, str]] = MappingProxyType({"forward": "forward"})
+    # why outputs in eval mode are others than the peer's, on purpose; they then are nearer to the input
+    nearer: ClassVar[str | None] = None
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:

@@ -78,8 +78,8 @@ def verify(roots: Sequence[nn.Module], pairs: Sequence[Pair], batch: Batch) -> t
         for index, pair in enumerate(pairs):
             stand_in = settled(pair.peer)
             if pair.face is not None:
-                for entry in pair.face.entries:
-                    setattr(stand_in, entry, _comparing(found, index, pair, pair.face, entry))
+                for entry, judged in pair.face.entries.items():
+                    setattr(stand_in, entry, _comparing(found, index, pair, pair.face, entry, judged))
             for place in pair.places:
                 stack.callback(place.put, _held(place))
                 place.put(stand_in)
@@ -102,25 +102,26 @@ def settled(module: _Module) -> _Module:
 
 
 def _comparing(
-    found: dict[int, Check], index: int, pair: Pair, face: Face, entry: str
+    found: dict[int, Check], index: int, pair: Pair, face: Face, entry: str, judged: str
 ) -> Callable[..., object]:
-    """A method that does what the peer's does, and compares it with the face's on the way."""
+    """A method that does what the peer's does, and compares peer and face on the way."""
 
     def method(*args: object, **kwargs: object) -> object:
-        def run(module: nn.Module) -> Any:
+        def run(module: nn.Module, name: str) -> Any:
             # a copy each: some change their state in eval mode too
-            return getattr(settled(module), entry)(*args, **kwargs)
+            return getattr(settled(module), name)(*args, **kwargs)
 
-        theirs = run(pair.peer)
+        returned = run(pair.peer, entry)
+        theirs = returned if judged == entry else run(pair.peer, judged)
         x = args[0] if args else next(iter(kwargs.values()))
         try:
-            ours = run(face)
+            ours = run(face, judged)
         except UnservedOption as error:
             check = Check(pair.path, 1, failures=(str(error),))
         else:
-            check = compare(pair.path, settled(face), x, theirs, ours, lambda: run(pair.peer))
+            check = compare(pair.path, settled(face), x, theirs, ours, lambda: run(pair.peer, judged))
         found[index] = found[index].plus(check)
-        return theirs
+        return returned
 
     return method
 
