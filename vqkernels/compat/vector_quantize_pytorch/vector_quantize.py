@@ -63,7 +63,7 @@ class VectorQuantize(Face):
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",)
     differences: ClassVar[tuple[str, ...]] = (
         "the index is that of the nearest code in float64, the lowest on ties",
-        "straight_through=True needs no rotation_trick=False",
+        "straight_through=True needs no rotation_trick=False, and directional_reparam no replacement of dead codes",
         "sync_update_v gives the codes their share of the task's gradient (Huh et al. 2023, eq. 21)",
         "affine moments stand still in evaluation and while frozen, load from a state_dict, and reach decoded codes",
         "sync_codebook is decided in each forward, so that a process group may come later",
@@ -71,6 +71,9 @@ class VectorQuantize(Face):
         "the commitment loss of a masked batch compares what is quantized, also behind projections, heads and cosine",
         "quantize beside a cross entropy has the layout of x and its projection out",
         "in_place_codebook_optimizer sees the gradient of its own loss alone, and no hooks of a wrapper fire",
+        "gradients of a cross entropy and of the diversity loss are those of the codes before the update",
+        "the orthogonal loss does not reward codes of 0",
+        "decoded codes of heads that share a codebook are merged as in quantize, and project_out sees features last",
         "k-means starts by k-means++, and noise and replacements are other draws of the same laws",
         "a row with a NaN or Inf, and a masked one, has no part in losses and codes",
     )
@@ -153,7 +156,7 @@ class VectorQuantize(Face):
         self.channel_last = channel_last
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.freeze_codebook = freeze_codebook
-        check_options(self, ema_update, affine_param, threshold_ema_dead_code)
+        check_options(self, ema_update, affine_param)
 
         codebook_dim = dim if codebook_dim is None else codebook_dim
         inner = codebook_dim * heads
@@ -225,9 +228,10 @@ class VectorQuantize(Face):
             (..., D'), with the features second where they come first in x; D' of all heads.
         """
         table = self._codebook.codes()
+        if self.separate_codebook_per_head and self.heads > 1:
+            indices = self._codebook.flat(indices.movedim(-1, 0)).movedim(0, -1)
         codes = gather(table.flatten(0, 1), indices)
-        if self.separate_codebook_per_head:
-            codes = gather(table.flatten(0, 1), self._codebook.flat(indices.movedim(-1, 0)).movedim(0, -1))
+        if self.heads > 1:
             codes = codes.flatten(-2)
         if self._channel_first:
             codes = codes.movedim(-1, 1)
