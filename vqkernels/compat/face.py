@@ -126,8 +126,9 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
                 got = f"{tuple(new.shape)} for {tuple(old.shape)}"
                 refuse(ValueError, name, key, "have the shape of its peer's", got, "Report it")
             getattr(module, table)[entry] = new
-    face.train(peer.training)
+    # read first: the two may share modules
     modes = {key: module.training for key, module in peer.named_modules()}
+    face.train(peer.training)
     for key, module in face.named_modules():
         module.training = modes.get(key, peer.training)
     for hooks in HOOKS:

@@ -344,10 +344,12 @@ class VectorQuantize(Face):
             in_place = self._optimize(y, counted, temperature, update)
         codes = book.codes()
         codes = codes.detach() if self.training and frozen else codes
-        moving = changes and topk is None and (optimized or book.moves(ema_update))
+        # what follows the k nearest codes is an `update_indices`, which moves codes as well
+        written = changes and (optimized or book.moves(ema_update))
+        moving = written and topk is None
         if moving and (indices is not None or self._scores_all):
             codes = codes.clone()
-        chosen = self._choose(y, codes, counted, temperature, topk, moving)
+        chosen = self._choose(y, codes, counted, temperature, topk, written)
         every = y if topk is None else y.unsqueeze(-2).expand(*y.shape[:-1], topk, -1)
         routed = self.training and x.requires_grad and self.route_gradients_to_input
         learned = self.learnable_codebook and not frozen
@@ -447,7 +449,8 @@ class VectorQuantize(Face):
     ) -> _Chosen:
         """The codes of rows y (G, ..., D); where codes are `moving`, with a table of their own."""
         kept = self._kept
-        if kept is not None and recomputing() and kept.indices.shape == y.shape[:-1]:
+        places = y.shape[:-1] if topk is None else (*y.shape[:-1], topk)
+        if kept is not None and recomputing() and kept.indices.shape == places:
             live = _apart(codes.flatten(0, 1), self._codebook.flat(kept.indices)).table
             table = kept.table + (live - live.detach()) if live.requires_grad else kept.table
             return kept._replace(table=table)
