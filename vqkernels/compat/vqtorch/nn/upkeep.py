@@ -125,7 +125,7 @@ def inner_step(vq: VectorQuant, x: Tensor, indices: Tensor) -> None:
     codes = vq.get_codebook()
     counts, sums = code_sums(F.embedding(indices, codes) - x, indices, len(codes))
     rows = all_sum(counts.sum()).clamp_min(1)
-    grad = 2 / (rows * codes.shape[1]) * all_sum(sums)
+    grad = 2 * all_sum(sums) / (rows * codes.shape[1])
     if hasattr(vq, "affine_transform"):
         scale, _ = vq.affine_transform.get_affine_params()
         blocks = grad.view(len(x), vq.affine_transform.num_groups, -1, grad.shape[1])
