@@ -215,8 +215,11 @@ def test_verification_counts_the_peers_errors():
     assert (check.rows, check.calls, check.differing, check.peer_farther) == (2000, 1, wrong, wrong)
     assert (check.ties, check.ours_farther, report.verified) == (0, 0, True)
     assert 0 <= check.output_difference <= check.output_bound
-    # and at any time after
-    assert report.verify({"x": x}).checks == report.checks
+    # and at any time after, wherever the model has gone
+    assert report.verify({"x": x}).checks == (check,)
+    model.double()
+    (check,) = report.verify(x.double()).checks
+    assert check.calls == 1 and not check.failures and check.output_bound < 1e-10
 
 
 def test_a_face_that_errs_is_not_put_in():

@@ -103,6 +103,23 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
     Raises:
         ValueError: the tensors of the two do not have the same names and shapes.
     """
+    share_tensors(face, peer)
+    # read first: the two may share modules
+    modes = {key: module.training for key, module in peer.named_modules()}
+    face.train(peer.training)
+    for key, module in face.named_modules():
+        module.training = modes.get(key, peer.training)
+    for hooks in HOOKS:
+        getattr(face, hooks).update(getattr(peer, hooks))
+    face._is_full_backward_hook = peer._is_full_backward_hook
+
+
+def share_tensors(face: nn.Module, peer: nn.Module) -> None:
+    """Put the peer's parameters and buffers (the same objects) into `face`.
+
+    Raises:
+        ValueError: the tensors of the two do not have the same names and shapes.
+    """
     name = type(face).__name__
     for table in ("_parameters", "_buffers"):
         ours, theirs = _entries(face, table), _entries(peer, table)
@@ -126,14 +143,6 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
                 got = f"{tuple(new.shape)} for {tuple(old.shape)}"
                 refuse(ValueError, name, key, "have the shape of its peer's", got, "Report it")
             getattr(module, table)[entry] = new
-    # read first: the two may share modules
-    modes = {key: module.training for key, module in peer.named_modules()}
-    face.train(peer.training)
-    for key, module in face.named_modules():
-        module.training = modes.get(key, peer.training)
-    for hooks in HOOKS:
-        getattr(face, hooks).update(getattr(peer, hooks))
-    face._is_full_backward_hook = peer._is_full_backward_hook
 
 
 def take_hooks(face: nn.Module, peer: nn.Module) -> None:

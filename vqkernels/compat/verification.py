@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqkernels.checks import refuse
 from vqkernels.compat.agreement import Check, compare
-from vqkernels.compat.face import HOOKS, Face, UnservedOption
+from vqkernels.compat.face import HOOKS, Face, UnservedOption, share_tensors
 
 _Module = TypeVar("_Module", bound=nn.Module)
 Batch = Tensor | Sequence[object] | Mapping[str, object]
@@ -76,6 +76,10 @@ def verify(roots: Sequence[nn.Module], pairs: Sequence[Pair], batch: Batch) -> t
     inner = {id(inside) for pair in pairs for place in pair.places for inside in _held(place).modules()}
     with torch.no_grad(), _same_generators(model), _same_state(model, inner), _eager(), ExitStack() as stack:
         for index, pair in enumerate(pairs):
+            if pair.face is not None:
+                # buffers become others when the one that the model holds is moved
+                held = _held(pair.places[0])
+                share_tensors(pair.face if held is pair.peer else pair.peer, held)
             stand_in = settled(pair.peer)
             if pair.face is not None:
                 for entry, judged in pair.face.entries.items():
