@@ -287,3 +287,18 @@ def test_two_processes_equal_one():
         found = torch.cat([ranks[0][name][1], ranks[1][name][1]])
         # an output moves with its two codes, in length and in direction, by sqrt(D) times as much as a feature
         assert (found - z).abs().max() <= 4 * D**0.5 * bound
+
+
+@pytest.mark.parametrize("name", ["DIVEQ", "SFDIVEQ", "ResidualDIVEQ", "ProductSFDIVEQ"])
+def test_a_row_that_is_not_finite_touches_no_other(name):
+    options = {"skip_iters": 1, "avg_iters": 0} if "SF" in name else {}
+    face = make(name, **options, **({"replacement_iters": 1} if name == "ProductSFDIVEQ" else {}))
+    x = torch.randn(20, D)
+    x[3, 1] = torch.nan
+    z, indices, _ = face(x)
+    finite = torch.arange(20) != 3
+    assert z[3].isnan().all() and z[finite].isfinite().all()
+    z[finite].sum().backward()
+    assert face.codebook.grad.isfinite().all() and int(_list(indices)[0][3]) == 0
+    if "SF" not in name:
+        assert int(face.codebook_usage.sum()) == 19 * len(_list(indices))
