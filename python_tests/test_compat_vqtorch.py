@@ -1,12 +1,11 @@
-"""The faces of vqtorch against its equations, written out in float64, and against stand-ins for its live layers."""
+"""The faces of vqtorch against its equations, written out in float64."""
 
-import copy
 import inspect
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from vqtorch_equations import EPS, KINDS, D, K, equations, latents, made
 
 from vqkernels.compat import vqtorch
 from vqkernels.compat.face import UnservedOption
@@ -19,16 +18,7 @@ from vqkernels.compat.vqtorch.nn import (
 )
 from vqkernels.testing import DEVICE
 
-D, K = 8, 24
-EPS = torch.finfo(torch.float64).eps
 CLASSES = (VectorQuant, GroupVectorQuant, ResidualVectorQuant)
-KINDS = [
-    (VectorQuant, {}),
-    (GroupVectorQuant, {"groups": 2}),
-    (GroupVectorQuant, {"groups": 4, "share": False}),
-    (ResidualVectorQuant, {"groups": 2}),
-    (ResidualVectorQuant, {"groups": 3, "share": False}),
-]
 OPTIONS = (
     {},
     {"beta": 0.25},
@@ -36,60 +26,6 @@ OPTIONS = (
     {"affine_lr": 3.0},
     {"affine_lr": 3.0, "affine_groups": 2, "sync_nu": 0.5},
 )
-
-
-def made(kind, **options):
-    """A face in float64 whose affine map is not the identity."""
-    face = kind[0](D, K, **kind[1], **options).to(DEVICE).double()
-    if face.affine_lr:
-        for parameter in face.affine_transform.parameters():
-            nn.init.normal_(parameter, std=0.05)
-    return face
-
-
-def latents(*shape, dtype=torch.float64):
-    return torch.randn(*shape, device=DEVICE, dtype=dtype)
-
-
-def shown(face):
-    """The codebook of each group, as eq. 15 has it: a list of (k, width)."""
-    books = []
-    for group in range(face.groups):
-        size = K if face.share else K // face.groups
-        first = 0 if face.share else group * size
-        book = face.codebook.weight[first : first + size]
-        if face.affine_lr:
-            s, b = face.affine_transform.scale, face.affine_transform.bias
-            parts = book.chunk(len(s))
-            book = torch.cat(
-                [(1 + face.affine_lr * s[i]) * p + face.affine_lr * b[i] for i, p in enumerate(parts)]
-            )
-        books.append((book, first))
-    return books
-
-
-def equations(face, z):
-    """What the layer shall return, by eq. 21 and the sum of the two squared errors, with torch's own gradient."""
-    rows = z.movedim(face.dim, -1)
-    books = shown(face)
-    residual = isinstance(face, ResidualVectorQuant)
-    chosen, distances, values = [], [], []
-    total = torch.zeros_like(rows)
-    for group, (book, first) in enumerate(books):
-        part = rows - total.detach() if residual else rows.chunk(len(books), -1)[group]
-        distance = (part.detach()[..., None, :] - book.detach()).square().sum(-1).sqrt()
-        least = distance.min(-1)
-        distances.append(least.values)
-        chosen.append(least.indices + first)
-        values.append(book[least.indices])
-        if residual:
-            total = total + values[-1]
-    z_q = total if residual else torch.cat(values, -1)
-    error = (1 - face.beta) * (rows - z_q.detach()).square() + face.beta * (rows.detach() - z_q).square()
-    loss = error.flatten(1).mean(1)
-    out = rows + (z_q - rows).detach() + face.nu * (z_q - z_q.detach())
-    loss = loss.mean() if type(face) is VectorQuant else loss
-    return out.movedim(-1, face.dim), torch.stack(chosen, -1), torch.stack(distances, -1), loss, z_q
 
 
 def gradients(face, z, run):
@@ -102,10 +38,9 @@ def gradients(face, z, run):
     return [z.grad, *(parameter.grad for parameter in face.parameters())]
 
 
-@pytest.mark.parametrize("dim", [1, -1])
+@pytest.mark.parametrize(("training", "dim"), [(True, 1), (False, -1)])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("training", [True, False])
 def test_a_layer_is_its_equations(kind, options, dim, training):
     face = made(kind, dim=dim, **options).train(training)
     z = latents(2, D, 3, 5) if dim == 1 else latents(2, 3, 5, D)
@@ -237,122 +172,6 @@ def test_norms_are_those_of_vqtorch():
     torch.testing.assert_close(face.codebook.weight.norm(dim=1), torch.ones(K, device=DEVICE))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kmeans_starts_the_codes_before_the_first_output(kind):
-    face = kind[0](D, K, **kind[1], kmeans_init=True, affine_lr=1.0).to(DEVICE)
-    random = copy.deepcopy(face)
-    random.data_initialized.fill_(1)
-    z = 100 + latents(2, D, 200, dtype=torch.float32)
-    face.eval()(z)
-    assert face.data_initialized == 0
-    before = (random(z)[0] - z).square().mean()
-    with torch.no_grad():
-        error = (face.train()(z)[0] - z).square().mean()
-    assert error < 1 < before
-    assert face.data_initialized == 1
-    codes = face.codebook.weight.detach().clone()
-    face(z + 50)
-    assert torch.equal(face.codebook.weight, codes)
-    other = kind[0](D, K, **kind[1], kmeans_init=True, affine_lr=1.0).to(DEVICE)
-    other.load_state_dict(face.state_dict())
-    other(z + 50)
-    assert torch.equal(other.codebook.weight, codes)
-
-
-def test_kmeans_on_too_few_rows_makes_as_many_codes_as_asked_for():
-    face = VectorQuant(D, K, kmeans_init=True).to(DEVICE)
-    z = latents(1, D, 10, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="10 rows for 24 codes"):
-        face(z)
-    assert face.codebook.weight.shape == (K, D)
-    near = torch.cdist(face.codebook.weight.detach(), z[0].t()).amin(1)
-    assert near.amax() < 0.01
-
-
-def unused(face, z):
-    """Run until the codes that nobody chose are due, and return which they were and the codes before."""
-    for _ in range(face.replace_freq - 1):
-        face(z)
-    before = face.get_codebook()
-    due = face._counts == 1
-    return due, before
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_codes_that_nobody_chose_become_latents_that_their_codebook_searched(kind):
-    face = made(kind, replace_freq=3, affine_lr=2.0)
-    z = latents(2, D, 30)
-    with torch.no_grad():
-        face.codebook.weight[::2] += 1e3
-    due, before = unused(face, z)
-    _, found = face(z)
-    due &= ~torch.zeros_like(due).index_fill(0, found["q"].flatten(), True)
-    assert due.any()
-    after = face.get_codebook()
-    assert torch.equal(after[~due[: len(after)]], before[~due[: len(after)]])
-    searched = found["z_res"][..., :-1, :] if "z_res" in found else found["z"]
-    for group in range(face.groups):
-        mine = due.nonzero()[:, 0]
-        mine = mine if face.share else mine[mine // face.group_size == group]
-        pool = searched.flatten(0, -2) if face.share else searched[..., group, :].flatten(0, -2)
-        if len(mine):
-            distance, at = torch.cdist(after[mine], pool.detach()).min(1)
-            # noise of a hundredth of the length, six deviations of the largest of its features
-            assert (distance < 0.06 * D**0.5 * pool[at].norm(dim=1)).all()
-    assert (face._counts[due] == 3).all()
-
-
-def test_what_happens_inside_a_forward_reaches_no_pending_gradient_and_counts_once():
-    z = latents(2, D, 10)
-    for options in ({"replace_freq": 2}, {"cb_norm": "l2"}, {"replace_freq": 2, "affine_lr": 1.0}):
-        face = made(KINDS[0], **options)
-        plain = made(KINDS[0], **{key: value for key, value in options.items() if key == "affine_lr"})
-        plain.load_state_dict(face.state_dict(), strict=False)
-        runs = []
-        for layer in (plain, face):
-            total = 0
-            for _ in range(2):
-                out, found = layer(z)
-                total = total + found["loss"] + out.square().sum()
-            total.backward()
-            runs.append(layer.codebook.weight.grad)
-        torch.testing.assert_close(*runs, rtol=0, atol=1e-12 if options.get("cb_norm") is None else 1e-7)
-    face = made(KINDS[0], replace_freq=9)
-    x = z.clone().requires_grad_()
-    checkpoint(lambda value: face(value)[0], x, use_reentrant=False).sum().backward()
-    assert face._counts.min() == 8
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("affine", [0.0, 2.0])
-def test_the_inner_optimizer_takes_a_step_before_the_output(kind, affine):
-    lr = 3.0
-    face = made(kind, beta=1.0, affine_lr=affine, inplace_optimizer=lambda p: torch.optim.SGD(p, lr=lr))
-    z = latents(2, D, 9)
-    weight = face.codebook.weight
-    before = weight.detach().clone()
-    _, indices, *_ = equations(face, z)
-    books = torch.cat([book for book, _ in (shown(face)[:1] if face.share else shown(face))])
-    rows = z.movedim(1, -1)
-    chosen = books[indices]
-    if kind[0] is ResidualVectorQuant:
-        targets = rows[..., None, :] - (chosen.cumsum(-2) - chosen).detach()
-    else:
-        targets = rows.unflatten(-1, (face.groups, -1))
-    grad = torch.autograd.grad((chosen - targets).square().mean(), weight)[0]
-    weight.grad = torch.full_like(weight, 7.0)
-    out, found = face(z)
-    assert torch.equal(found["q"], indices)
-    torch.testing.assert_close(weight.detach(), before - lr * grad, rtol=0, atol=100 * D * EPS)
-    assert (weight.grad == 7).all()
-    moved = torch.cat([book for book, _ in (shown(face)[:1] if face.share else shown(face))])[indices]
-    want = moved.sum(-2) if kind[0] is ResidualVectorQuant else moved.flatten(-2)
-    torch.testing.assert_close(out.movedim(1, -1), want, rtol=0, atol=100 * D * EPS)
-    (out.sum() + found["loss"].sum()).backward()
-    face.eval()(z)
-    torch.testing.assert_close(weight.detach(), before - lr * grad, rtol=0, atol=100 * D * EPS)
-
-
 def test_quantizers_are_left_out_for_a_while():
     model = nn.Sequential(nn.Linear(D, D), VectorQuant(D, K, dim=-1), GroupVectorQuant(D, K, groups=2))
     one, two = vqtorch.get_vq_layers(model)
@@ -390,87 +209,6 @@ def test_quantizers_are_left_out_for_a_while():
 def test_what_is_not_served_is_refused_by_name(make, error, words):
     with pytest.raises(error, match=words):
         make()
-
-
-class ReplaceLRU:
-    """A stand-in for the hook of a live layer."""
-
-    rho, timeout, policy = 0.02, 6, "input_random"
-
-    def __call__(self, module, inputs, outputs):
-        raise AssertionError
-
-
-def data_dependent_init_forward_hook(module, inputs, outputs):
-    raise AssertionError
-
-
-class LiveLayer(nn.Module):
-    """A stand-in with the attributes of a live layer of vqtorch."""
-
-    enabled = True
-
-    def __init__(self, groups=None, share=True):
-        super().__init__()
-        self.feature_size, self.num_codes, self.beta, self.nu, self.dim, self.topk = D, K, 1.0, 0.5, -1, 1
-        self.norm, self.codebook_norm, self.norm_layer = "bn", None, nn.BatchNorm2d(D)
-        self.register_buffer("data_initialized", torch.ones(1))
-        self.register_forward_hook(data_dependent_init_forward_hook)
-        self.codebook = nn.Embedding(K, D)
-        self.inplace_codebook_optimizer = torch.optim.SGD(self.codebook.parameters(), lr=1.0)
-        if groups is not None:
-            self.groups, self.share = groups, share
-            self.codebook = nn.Embedding(K, D // groups)
-        self.affine_transform = nn.Module()
-        self.affine_transform.scale = nn.Parameter(torch.zeros(2, self.codebook.embedding_dim))
-        self.affine_transform.bias = nn.Parameter(torch.zeros(2, self.codebook.embedding_dim))
-        self.affine_transform.lr_scale, self.affine_transform.num_groups = 4.0, 2
-        self.affine_transform.use_running_statistics = False
-        self.register_forward_hook(ReplaceLRU())
-        self.register_buffer("_counts", torch.full((K,), 5.0))
-        self.seen = []
-        self.register_forward_hook(lambda module, inputs, outputs: self.seen.append(outputs[1]["q"]))
-
-
-@pytest.mark.parametrize("groups", [None, 2])
-def test_a_live_layer_hands_over_its_tensors(groups):
-    live = LiveLayer(groups)
-    cls = VectorQuant if groups is None else GroupVectorQuant
-    before = torch.get_rng_state()
-    face = cls.adopt(live)
-    assert torch.equal(torch.get_rng_state(), before)
-    ours, theirs = dict(face.named_parameters()), dict(live.named_parameters())
-    assert ours.keys() == theirs.keys()
-    assert all(ours[key] is theirs[key] for key in ours)
-    assert face._counts is live._counts
-    assert (face.beta, face.nu, face.affine_lr, face.replace_freq, face.replace_rho) == (
-        1.0,
-        0.5,
-        4.0,
-        6,
-        0.02,
-    )
-    optimizer = live.inplace_codebook_optimizer
-    assert face.inplace_codebook_optimizer is optimizer
-    assert optimizer.param_groups[0]["params"][0] is live.codebook.weight
-    # the hooks that were the peer's machinery are gone, the user's stays
-    live.dim = face.dim = 1
-    codes = live.codebook.weight.detach().clone()
-    _, found = face(torch.randn(2, D, 3, 3))
-    assert torch.equal(live.seen[0], found["q"])
-    assert not torch.equal(live.codebook.weight, codes)
-
-
-def test_a_live_layer_that_was_changed_by_hand_is_refused():
-    for change in (
-        lambda live: setattr(live, "topk", 2),
-        lambda live: setattr(live.affine_transform, "use_running_statistics", True),
-        lambda live: setattr(list(live._forward_hooks.values())[1], "policy", "self"),
-    ):
-        live = LiveLayer()
-        change(live)
-        with pytest.raises(UnservedOption):
-            VectorQuant.adopt(live)
 
 
 def test_replacement_can_be_added_later():

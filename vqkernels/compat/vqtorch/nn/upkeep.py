@@ -66,6 +66,9 @@ def replace_unused(vq: VectorQuant, x: Tensor, indices: Tensor) -> None:
     left.copy_(torch.where(used, vq.replace_freq, left - used.any().to(left.dtype)))
     # smaller than its neighbours, so that what is loaded by a hair too low is caught as well
     dead = (left <= 0).view(books, size)
+    # where to look costs nothing; elsewhere the host would wait
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
+        return
     fresh, found = zip(
         *[
             _fresh(*each, seed, book, vq.replace_rho)
