@@ -1,9 +1,10 @@
 # make demo        train two small VQ-VAEs on photographs, draw and tabulate what they learned
 # make test        all tests of a machine without a GPU
 # make check       format, lint, types, then the tests
+# make docs        build the documentation into build/site; no network, no warning
 # make sanitize    the native CPU ops under AddressSanitizer, UBSan and ThreadSanitizer, in builds of their own
-# make bench       time the ops beside their peers and all quantizers; writes bench/results, the figures of docs and the tables of README.md
-# make papers      train every row of the papers' tables on photographs; writes bench/results, docs and README.md
+# make bench       time the ops beside their peers and all quantizers; writes bench/results, the figures of docs and the tables of README.md and docs
+# make papers      train every row of the papers' tables on photographs; writes bench/results and docs/papers.md
 # make bench-micro time every compiled op alone
 # make gpu         on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
@@ -14,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # optional: those of the extra bench of pyproject.toml that we are compared with
 PEERS := faiss-cpu scikit-learn pykeops vector-quantize-pytorch diveq
 SOURCES := pyproject.toml setup.py CMakeLists.txt vqkernels/__init__.py $(shell find csrc -type f)
-FORMATTED := vqkernels python_tests bench setup.py
+FORMATTED := vqkernels python_tests bench docs README.md setup.py
 
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
@@ -34,6 +35,12 @@ check-all: lint
 	$(PY) -m pytest python_tests
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
 
+# quiet: the theme advertises its successor
+.PHONY: docs
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir build/site
+	@echo "open build/site/index.html"
+
 sanitize: $(VENV)/test
 	$(PY) python_tests/sanitize.py
 
@@ -41,13 +48,13 @@ bench: $(VENV)/bench
 	$(PY) bench/run.py --isas avx2 --fresh
 	$(PY) bench/curves.py
 	$(PY) bench/figures.py
-	$(PY) bench/readme.py README.md
+	$(PY) bench/readme.py README.md docs/speed.md docs/memory.md
 	$(PY) bench/quantizers.py
-	$(PY) bench/family.py README.md docs/quantizers.md
+	$(PY) bench/family.py docs/quantizers.md docs/papers.md
 
 papers: $(VENV)/bench
 	$(PY) bench/papers.py
-	$(PY) bench/family.py README.md docs/quantizers.md
+	$(PY) bench/family.py docs/quantizers.md docs/papers.md
 
 bench-micro: $(VENV)/bench
 	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
@@ -81,6 +88,10 @@ $(VENV)/torch:
 
 $(VENV)/native: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/docs: $(VENV)/torch $(SOURCES) mkdocs.yml
+	$(PIP) --no-build-isolation --editable ".[train,docs]"
 	touch $@
 
 $(VENV)/demo: $(VENV)/torch $(SOURCES)

@@ -1,6 +1,6 @@
 """Write the table of quantizers into Markdown files: what each short name is for, what it costs, how the papers' rows fare.
 
-    python bench/family.py README.md docs/quantizers.md
+    python bench/family.py docs/quantizers.md docs/papers.md
 
 Names, words and sources come from `vqkernels.nn.METHODS`; costs from bench/results/quantizers.jsonl, trainings from
 bench/results/papers.jsonl. A file holds one or more of the pairs of marks in `BLOCKS`; what is between is replaced.
@@ -22,17 +22,8 @@ from records import Record
 from vqkernels.nn import METHODS
 
 
-def short_table(costs: Sequence[Record], trained: Sequence[Record]) -> str:
-    """Every short name and when to use it, with what a step costs."""
-    by_name = {each["name"]: each for each in costs}
-    lines = ["| name | when to use it | x `diveq` |", "|---|---|---|"]
-    for name, method in METHODS.items():
-        lines.append(f"| `{name}` | {method.summary} | {_times(by_name.get(name))} |")
-    return "\n".join(lines)
-
-
-def long_table(costs: Sequence[Record], trained: Sequence[Record]) -> str:
-    """The same with its source, what is advised beside it, and memory."""
+def table(costs: Sequence[Record], trained: Sequence[Record]) -> str:
+    """Every short name: when to use it, its source, what is advised beside it, what a step costs, and memory."""
     by_name = {each["name"]: each for each in costs}
     lines = [
         "| name | when to use it | source | noise | advised | x `diveq` | memory |",
@@ -64,12 +55,7 @@ def _times(one: Record | None) -> str:
 
 
 Block = Callable[[Sequence[Record], Sequence[Record]], str]
-BLOCKS: dict[str, Block] = {"quantizers": short_table, "all quantizers": long_table, "papers": trainings}
-
-
-def marks(name: str) -> tuple[str, str]:
-    """The lines between which a block stands."""
-    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+BLOCKS: dict[str, Block] = {"all quantizers": table, "papers": trainings}
 
 
 def texts() -> dict[str, str]:
@@ -86,14 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = texts()
     for path in options.files:
         whole = path.read_text(encoding="utf-8")
-        held = [name for name in BLOCKS if marks(name)[0] in whole]
+        held = [name for name in BLOCKS if readme.marks(name)[0] in whole]
         if not held:
             print(
-                f"family: {path} must hold a block; got none. Add {marks('quantizers')[0]}.", file=sys.stderr
+                f"family: {path} must hold a block; got none. Add {readme.marks('all quantizers')[0]}.",
+                file=sys.stderr,
             )
             return 2
         for name in held:
-            readme.write(path, found[name], *marks(name))
+            readme.write(path, found[name], *readme.marks(name))
     return 0
 
 

@@ -1,8 +1,10 @@
-"""Write the tables of a run into a Markdown file, between two marks.
+"""Write the tables of a run into Markdown files, between marks.
 
-    python bench/readme.py [README.md] [--results bench/results/cpu.jsonl]
+    python bench/readme.py [README.md docs/speed.md docs/memory.md] [--results bench/results/cpu.jsonl]
 
-The file holds the lines `<!-- bench: begin -->` and `<!-- bench: end -->`; what is between them is replaced.
+A file holds the lines `<!-- bench: begin -->` and `<!-- bench: end -->`, between which the table of searches is put, or
+`<!-- all benches: begin -->` and `<!-- all benches: end -->` for all there is to say, pictures included; `memory` is the
+table of what layers take.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import records
@@ -18,7 +20,7 @@ from records import Record
 from summary import geometric_mean, ratios
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+PICTURES = ROOT / "docs"
 OURS, OURS_ON_AVX2, FAISS = "vqkernels native", "vqkernels native avx2", "faiss-cpu IndexFlatL2"
 LAYER, CURVE = "vqkernels diveq", "vqkernels sf_diveq"
 
@@ -51,13 +53,20 @@ LAYERS = {
     "vector-quantize-pytorch (directional)": ("its directional", LAYER),
 }
 FIGURES = {
-    "docs/bench-cpu.png": "Time, share of the peak and memory beside the peers",
-    "docs/curves-cpu.png": "Time and memory against N, K and D",
+    "bench-cpu.png": "Time, share of the peak and memory beside the peers",
+    "curves-cpu.png": "Time and memory against N, K and D",
 }
 
 
-def markdown(found: Iterable[Record], dtype: str = "float32", *, root: Path = ROOT) -> str:
-    """The tables of a run: searches, layers, and what they were measured on."""
+def short(found: Iterable[Record], dtype: str = "float32", *, root: Path = PICTURES) -> str:
+    """The table of searches of a run, and what it was measured on."""
+    measured = [each for each in records.timed(found).values() if each["dtype"] == dtype]
+    search = [each for each in measured if each["case"] == "search"]
+    return f"{textwrap.fill(_measured_on(measured), 120)}\n\n{_searches(search, dtype)}" if search else ""
+
+
+def markdown(found: Iterable[Record], dtype: str = "float32", *, root: Path = PICTURES) -> str:
+    """The tables of a run: searches, layers, and what they were measured on; pictures of the folder `root`."""
     measured = [each for each in records.timed(found).values() if each["dtype"] == dtype]
     search = [each for each in measured if each["case"] == "search"]
     layer = [each for each in measured if each["case"] == "layer"]
@@ -70,23 +79,43 @@ def markdown(found: Iterable[Record], dtype: str = "float32", *, root: Path = RO
     return "\n\n".join(parts)
 
 
+def memory(found: Iterable[Record], dtype: str = "float32", *, root: Path = PICTURES) -> str:
+    """The table of what forward and backward of layers take beyond inputs, outputs and gradients."""
+    measured = [each for each in records.timed(found).values() if each["dtype"] == dtype]
+    layer = [each for each in measured if each["case"] == "layer"]
+    versions = _versions(layer) if layer else _Versions()
+    heads = {LAYER: "`diveq`", CURVE: "`sf_diveq`"}
+    heads |= {name: head.format_map(versions) for name, (head, _) in LAYERS.items()}
+    names = [name for name in heads if any(each["name"] == name for each in layer)]
+    by_key = {(tuple(each["shape"]), each["name"]): each for each in layer}
+    rows = [["forward + backward (N, K, D)", *(heads[name] for name in names)]]
+    for shape in dict.fromkeys(tuple(each["shape"]) for each in layer):
+        cells = [by_key.get((shape, name)) for name in names]
+        rows.append([_shape(shape), *("-" if one is None else _memory(one) for one in cells)])
+    return _table(rows)
+
+
 def peak(measured: Iterable[Record]) -> float | None:
     """The most that a run saw of what its dot products can reach, TFLOP/s: later measurements know better."""
     return max((float(r["floor_tflops"]) for r in measured if r.get("floor_tflops")), default=None)
 
 
-def _preface(measured: Sequence[Record]) -> str:
+def _measured_on(measured: Sequence[Record]) -> str:
     last = measured[-1]
-    peaks = last.get("peaks_tflops")
+    where = f"{last.get('threads')} cores ({last.get('cpu') or last['machine']}, {last['isa']})"
+    return (
+        f"Medians of interleaved calls in one process, {last['dtype']} inputs, {where}, packing included; times "
+        "relative to ours (N rows, K codes, D features)."
+    )
+
+
+def _preface(measured: Sequence[Record]) -> str:
+    peaks = measured[-1].get("peaks_tflops")
     peaks = peaks if isinstance(peaks, dict) else {}
     told = ", ".join(
         f"{1e3 * peaks[kind]:.0f} in {kind}" for kind in ("float32", "int16", "bfloat16") if kind in peaks
     )
-    where = f"{last.get('threads')} cores ({last.get('cpu') or last['machine']}, {last['isa']})"
-    words = (
-        f"Medians of interleaved calls in one process, {last['dtype']} inputs, {where}, packing included; times "
-        f"relative to ours (N rows, K codes, D features). {CHECKS}"
-    )
+    words = f"{_measured_on(measured)} {CHECKS}"
     if told:
         words += f" GFLOP/s that dot products in registers reach here: {told}; the share is of the largest."
     return textwrap.fill(words, 120)
@@ -225,7 +254,16 @@ def _floored(share: float) -> float:
     return int(share * 1e5) / 1e3
 
 
-def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+# what stands between which marks
+BLOCKS: dict[str, Callable[..., str]] = {"bench": short, "all benches": markdown, "memory": memory}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines between which a block stands."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def write(path: Path, text: str, begin: str, end: str) -> None:
     """Replace what is between the marks of a file; ValueError where they are not there."""
     whole = path.read_text(encoding="utf-8")
     if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
@@ -240,26 +278,35 @@ def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, write, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, help="print the tables if it is left out")
+    parser.add_argument("files", nargs="*", type=Path, help="print the tables if none is named")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results/cpu.jsonl")
     options = parser.parse_args(arguments)
-    # pictures are those beside the file that shows them
-    root = ROOT if options.file is None else options.file.resolve().parent
-    text = markdown(records.read(options.results)[0], root=root)
+    found = records.read(options.results)[0]
+    text = markdown(found)
     if not text:
         print(
             f"readme: {options.results} must hold measurements; got none. Run bench/run.py.", file=sys.stderr
         )
         return 2
-    if options.file is None:
+    if not options.files:
         print(text)
         return 0
     try:
-        write(options.file, text)
+        for path in options.files:
+            _fill(path, found)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _fill(path: Path, found: Sequence[Record]) -> None:
+    """Write the blocks that a file holds; one that holds none is refused as one without the first."""
+    whole = path.read_text(encoding="utf-8")
+    held = [name for name in BLOCKS if marks(name)[0] in whole] or ["bench"]
+    for name in held:
+        # pictures are those beside the file that shows them
+        write(path, BLOCKS[name](found, root=path.resolve().parent), *marks(name))
 
 
 if __name__ == "__main__":

@@ -271,14 +271,20 @@ def test_the_tables_mark_medians_of_few_calls(tmp_path):
     assert text.count(readme.NOTE) == 2 and readme.EMA in " ".join(text.split())
 
 
-def test_the_tables_replace_what_is_between_the_marks(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "opening"),
+    [("bench", "Medians"), ("all benches", "Medians"), ("memory", "| forward + backward")],
+)
+def test_the_tables_replace_what_is_between_the_marks(name, opening, tmp_path, capsys):
     file, results = tmp_path / "README.md", tmp_path / "cpu.jsonl"
+    begin, end = readme.marks(name)
     records.append(results, FOUND)
-    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    file.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     words = [str(file), "--results", str(results)]
     assert readme.main(words) == 0
     once = file.read_text()
-    assert once.startswith(f"before\n{readme.BEGIN}\nMedians") and once.endswith(f"|\n{readme.END}\nafter\n")
+    assert once.startswith(f"before\n{begin}\n{opening}") and once.endswith(f"|\n{end}\nafter\n")
+    assert ("| layer" in once) == (name == "all benches")
     assert readme.main(words) == 0 and file.read_text() == once
     file.write_text("no marks\n")
     assert readme.main(words) == 2 and file.read_text() == "no marks\n"
@@ -287,11 +293,14 @@ def test_the_tables_replace_what_is_between_the_marks(tmp_path, capsys):
     assert readme.main(words) == 2
 
 
-def test_the_readme_shows_what_was_measured():
-    whole = (ROOT / "README.md").read_text()
-    between = whole[whole.index(readme.BEGIN) + len(readme.BEGIN) : whole.index(readme.END)].strip()
+@pytest.mark.parametrize(
+    ("path", "name"), [("README.md", "bench"), ("docs/speed.md", "all benches"), ("docs/memory.md", "memory")]
+)
+def test_the_documents_show_what_was_measured(path, name):
+    whole, (begin, end) = (ROOT / path).read_text(), readme.marks(name)
+    between = whole[whole.index(begin) + len(begin) : whole.index(end)].strip()
     found, malformed = records.read(ROOT / "bench/results/cpu.jsonl")
-    assert malformed == 0 and between == readme.markdown(found)
+    assert malformed == 0 and between == readme.BLOCKS[name](found)
 
 
 def test_the_figure_of_a_run(tmp_path, capsys):

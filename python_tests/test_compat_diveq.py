@@ -190,7 +190,7 @@ def test_eval_forward_is_inference_with_a_gradient(name):
     state = {key: value.clone() for key, value in face.state_dict().items()}
     x = torch.randn(N, D)
     draws = torch.get_rng_state()
-    hard, indices, _ = face.eval().inference(x)
+    hard, *_ = face.eval().inference(x)
     z, *_ = run(face, x, torch.ones(N, D))
     assert torch.equal(z, hard) and not hard.requires_grad and face.codebook.grad.abs().sum() > 0
     assert torch.equal(torch.get_rng_state(), draws)

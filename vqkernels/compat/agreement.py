@@ -85,17 +85,35 @@ def compare(path: str, face: Face, x: Any, theirs: Any, ours: Any, again: Callab
     if not check.failures:
         return check
     (output, indices), (second, redrawn) = face.outcome(theirs), face.outcome(again())
-    random_indices = not _same(indices, redrawn)
-    if random_indices:
+    if not _same(indices, redrawn):
         note = "The peer draws its indices at random: nothing was compared."
         return Check(path, 1, check.rows, notes=(note,))
     if not _same(output, second):
-        note = "The peer draws its outputs at random: indices alone were compared."
-        kept = tuple(sentence for sentence in check.failures if not sentence.startswith("Outputs"))
-        return check._replace(
-            output_difference=0.0, output_bound=0.0, failures=kept, notes=(*check.notes, note)
-        )
-    return check
+        return _without_outputs(check, "The peer draws its outputs at random: indices alone were compared.")
+    return _nearer(check, face, x, theirs, ours) if face.nearer is not None else check
+
+
+def _without_outputs(check: Check, note: str) -> Check:
+    kept = tuple(sentence for sentence in check.failures if not sentence.startswith("Outputs"))
+    return check._replace(output_difference=0.0, output_bound=0.0, failures=kept, notes=(*check.notes, note))
+
+
+def _nearer(check: Check, face: Face, x: Tensor, theirs: Any, ours: Any) -> Check:
+    """Outputs that differ on purpose must not be farther from the input, row by row."""
+    (their_output, their_indices), (output, indices) = face.outcome(theirs), face.outcome(ours)
+    their, our = ((x.double() - each.double()).square().sum(-1) for each in (their_output, output))  # (N,)
+    note = f"{face.nearer} Mean squared distances to the input: {their.mean():.4g} of the peer, {our.mean():.4g} of ours."
+    check = _without_outputs(check, note)
+    if face.sq_dist_of(x, indices) is None:
+        # each stage leaves another rest to the next one, so that only the first stages search the same
+        apart = int((their_indices[..., 0] != indices[..., 0]).sum())
+        failures = (f"Indices of the first stage differ on {apart} rows.",) if apart else ()
+        return check._replace(failures=failures)
+    drift = math.sqrt(x.shape[-1]) * torch.finfo(output.dtype).eps * max(_largest(x), _largest(output))
+    within = (our <= their + 2 * their.sqrt() * drift + drift**2) | their.isnan()
+    farther = int((~within).sum())
+    failures = (f"Outputs are farther from the input than the peer's on {farther} rows.",) if farther else ()
+    return check._replace(failures=(*check.failures, *failures))
 
 
 def _measured(path: str, face: Face, x: Tensor, theirs: Any, ours: Any) -> Check:

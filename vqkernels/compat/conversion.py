@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from vqkernels.checks import refuse
 from vqkernels.compat.face import HOOKS, Face, take_hooks
-from vqkernels.compat.registry import Recognized, face_of, is_composite, qualified, recognize
+from vqkernels.compat.registry import Recognized, defaults_of, face_of, is_composite, qualified, recognize
 from vqkernels.compat.report import ConversionReport, Row
 from vqkernels.compat.verification import Batch, Pair, Place
 
@@ -162,7 +162,12 @@ def _prepare(peer: _Peer, status: str) -> tuple[Row, Face | None]:
         face = kind.adopt(peer.module)
     except ValueError as error:
         return Row(paths, peer.name.name, qualified(kind), "left", {}, (), str(error)), None
-    carried = _unusual(kind, options)
+    except RuntimeError:
+        if not any(tensor.is_meta for tensor in (*peer.module.parameters(), *peer.module.buffers())):
+            raise
+        reason = "Options of it are values of its tensors, and it is on the meta device. Convert it where it has values."
+        return Row(paths, peer.name.name, qualified(kind), "left", {}, (), reason), None
+    carried = _unusual(peer.name.name, options)
     return Row(paths, peer.name.name, qualified(kind), status, carried, kind.differences, None), face
 
 
@@ -216,15 +221,16 @@ def _above(peer: _Peer) -> Iterator[nn.Module]:
         yield from around
 
 
-def _unusual(face: type[Face], options: dict[str, object]) -> dict[str, object]:
-    """Options that the peer's constructor would not choose by itself."""
-    known = inspect.signature(face).parameters
-    return {key: value for key, value in options.items() if not _equal(value, _default(known, key))}
+def _unusual(name: str, options: dict[str, object]) -> dict[str, object]:
+    """Options that the peer's constructor would not choose by itself; those without a default always."""
+    usual = defaults_of(name)
+    return {key: value for key, value in options.items() if key not in usual or not _equal(value, usual[key])}
 
 
-def _default(known: Any, key: str) -> object:
-    return known[key].default if key in known else inspect.Parameter.empty
-
-
-def _equal(a: object, b: object) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str, tuple, list)) and a == b)
+def _equal(value: object, default: object) -> bool:
+    if default is None and value is False:
+        return True
+    plain = (bool, int, float, str, tuple, list)
+    return value is default or (
+        type(value) is type(default) and isinstance(value, plain) and value == default
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, NoReturn
 
 import torch
@@ -36,8 +38,11 @@ class Face(nn.Module):
     peers: ClassVar[tuple[str, ...]] = ()
     # one sentence for each way in which it behaves otherwise than the peer, on purpose
     differences: ClassVar[tuple[str, ...]] = ()
-    # the methods of the peer that quantize, which a verification compares; all return what `outcome` reads
-    entries: ClassVar[tuple[str, ...]] = ("forward",)
+    # methods of the peer that quantize -> the method, of both, by which a verification compares them: one that draws no
+    # noise in eval mode; what it returns is what `outcome` reads
+    entries: ClassVar[Mapping[str, str]] = MappingProxyType({"forward": "forward"})
+    # why outputs in eval mode are others than the peer's, on purpose; they then are nearer to the input
+    nearer: ClassVar[str | None] = None
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:
@@ -98,6 +103,23 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
     Raises:
         ValueError: the tensors of the two do not have the same names and shapes.
     """
+    share_tensors(face, peer)
+    # read first: the two may share modules
+    modes = {key: module.training for key, module in peer.named_modules()}
+    face.train(peer.training)
+    for key, module in face.named_modules():
+        module.training = modes.get(key, peer.training)
+    for hooks in HOOKS:
+        getattr(face, hooks).update(getattr(peer, hooks))
+    face._is_full_backward_hook = peer._is_full_backward_hook
+
+
+def share_tensors(face: nn.Module, peer: nn.Module) -> None:
+    """Put the peer's parameters and buffers (the same objects) into `face`.
+
+    Raises:
+        ValueError: the tensors of the two do not have the same names and shapes.
+    """
     name = type(face).__name__
     for table in ("_parameters", "_buffers"):
         ours, theirs = _entries(face, table), _entries(peer, table)
@@ -121,13 +143,6 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
                 got = f"{tuple(new.shape)} for {tuple(old.shape)}"
                 refuse(ValueError, name, key, "have the shape of its peer's", got, "Report it")
             getattr(module, table)[entry] = new
-    face.train(peer.training)
-    modes = {key: module.training for key, module in peer.named_modules()}
-    for key, module in face.named_modules():
-        module.training = modes.get(key, peer.training)
-    for hooks in HOOKS:
-        getattr(face, hooks).update(getattr(peer, hooks))
-    face._is_full_backward_hook = peer._is_full_backward_hook
 
 
 def take_hooks(face: nn.Module, peer: nn.Module) -> None:

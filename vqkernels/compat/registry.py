@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import NamedTuple
 
@@ -22,14 +23,6 @@ _FACES: dict[str, tuple[str, str] | type[Face]] = {
     "vector_quantize_pytorch.sim_vq.SimVQ": (_LUCIDRAINS, "SimVQ"),
     "vector_quantize_pytorch.finite_scalar_quantization.FSQ": (_LUCIDRAINS, "FSQ"),
     "vector_quantize_pytorch.lookup_free_quantization.LFQ": (_LUCIDRAINS, "LFQ"),
-    "diveq.diveq.DIVEQ": (_DIVEQ, "DIVEQ"),
-    "diveq.diveq_detach.DIVEQDetach": (_DIVEQ, "DIVEQDetach"),
-    "diveq.sf_diveq.SFDIVEQ": (_DIVEQ, "SFDIVEQ"),
-    "diveq.sf_diveq_detach.SFDIVEQDetach": (_DIVEQ, "SFDIVEQDetach"),
-    "diveq.residual_diveq.ResidualDIVEQ": (_DIVEQ, "ResidualDIVEQ"),
-    "diveq.residual_sf_diveq.ResidualSFDIVEQ": (_DIVEQ, "ResidualSFDIVEQ"),
-    "diveq.product_diveq.ProductDIVEQ": (_DIVEQ, "ProductDIVEQ"),
-    "diveq.product_sf_diveq.ProductSFDIVEQ": (_DIVEQ, "ProductSFDIVEQ"),
     "vqtorch.nn.vq.VectorQuant": (_VQTORCH, "VectorQuant"),
     "vqtorch.nn.gvq.GroupVectorQuant": (_VQTORCH, "GroupVectorQuant"),
     "vqtorch.nn.rvq.ResidualVectorQuant": (_VQTORCH, "ResidualVectorQuant"),
@@ -37,6 +30,19 @@ _FACES: dict[str, tuple[str, str] | type[Face]] = {
     "taming.modules.vqvae.quantize.VectorQuantizer2": (_TAMING, "VectorQuantizer2"),
     "taming.modules.vqvae.quantize.GumbelQuantize": (_TAMING, "GumbelQuantize"),
 }
+
+# diveq from an index is a package; from its repository, modules without one
+for _module, _name in (
+    ("diveq", "DIVEQ"),
+    ("diveq_detach", "DIVEQDetach"),
+    ("sf_diveq", "SFDIVEQ"),
+    ("sf_diveq_detach", "SFDIVEQDetach"),
+    ("residual_diveq", "ResidualDIVEQ"),
+    ("residual_sf_diveq", "ResidualSFDIVEQ"),
+    ("product_diveq", "ProductDIVEQ"),
+    ("product_sf_diveq", "ProductSFDIVEQ"),
+):
+    _FACES[f"diveq.{_module}.{_name}"] = _FACES[f"{_module}.{_name}"] = (_DIVEQ, _name)
 
 # modules of those libraries that ask their quantizers for more than a face has: their class, or its inner modules
 _COMPOSITES = frozenset(
@@ -52,6 +58,12 @@ _COMPOSITES = frozenset(
         "utils.Sequential",
     )
 )
+
+# a peer that hands its further keywords to the constructor of another
+_INNER = {
+    "vector_quantize_pytorch.residual_vq.GroupedResidualVQ": "vector_quantize_pytorch.residual_vq.ResidualVQ",
+    "vector_quantize_pytorch.residual_vq.ResidualVQ": "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",
+}
 
 # what a class statement writes into every class
 _ALWAYS = {
@@ -109,6 +121,17 @@ def face_of(name: str) -> type[Face]:
     """
     face = _FACES[name]
     return face if isinstance(face, type) else getattr(import_module(face[0]), face[1])
+
+
+def defaults_of(name: str) -> dict[str, object]:
+    """What the constructor of a peer takes where a keyword is left out; its face has the same.
+
+    Args:
+        name: as `recognize` says.
+    """
+    inner = defaults_of(_INNER[name]) if name in _INNER else {}
+    known = inspect.signature(face_of(name)).parameters.items()
+    return inner | {key: one.default for key, one in known if one.default is not one.empty}
 
 
 def register_face(face: type[Face]) -> type[Face]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqkernels.checks import refuse
 from vqkernels.compat.agreement import Check, compare
-from vqkernels.compat.face import HOOKS, Face, UnservedOption
+from vqkernels.compat.face import HOOKS, Face, UnservedOption, share_tensors
 
 _Module = TypeVar("_Module", bound=nn.Module)
 Batch = Tensor | Sequence[object] | Mapping[str, object]
@@ -76,10 +76,14 @@ def verify(roots: Sequence[nn.Module], pairs: Sequence[Pair], batch: Batch) -> t
     inner = {id(inside) for pair in pairs for place in pair.places for inside in _held(place).modules()}
     with torch.no_grad(), _same_generators(model), _same_state(model, inner), _eager(), ExitStack() as stack:
         for index, pair in enumerate(pairs):
+            if pair.face is not None:
+                # buffers become others when the one that the model holds is moved
+                held = _held(pair.places[0])
+                share_tensors(pair.face if held is pair.peer else pair.peer, held)
             stand_in = settled(pair.peer)
             if pair.face is not None:
-                for entry in pair.face.entries:
-                    setattr(stand_in, entry, _comparing(found, index, pair, pair.face, entry))
+                for entry, judged in pair.face.entries.items():
+                    setattr(stand_in, entry, _comparing(found, index, pair, pair.face, entry, judged))
             for place in pair.places:
                 stack.callback(place.put, _held(place))
                 place.put(stand_in)
@@ -102,25 +106,26 @@ def settled(module: _Module) -> _Module:
 
 
 def _comparing(
-    found: dict[int, Check], index: int, pair: Pair, face: Face, entry: str
+    found: dict[int, Check], index: int, pair: Pair, face: Face, entry: str, judged: str
 ) -> Callable[..., object]:
-    """A method that does what the peer's does, and compares it with the face's on the way."""
+    """A method that does what the peer's does, and compares peer and face on the way."""
 
     def method(*args: object, **kwargs: object) -> object:
-        def run(module: nn.Module) -> Any:
+        def run(module: nn.Module, name: str) -> Any:
             # a copy each: some change their state in eval mode too
-            return getattr(settled(module), entry)(*args, **kwargs)
+            return getattr(settled(module), name)(*args, **kwargs)
 
-        theirs = run(pair.peer)
+        returned = run(pair.peer, entry)
+        theirs = returned if judged == entry else run(pair.peer, judged)
         x = args[0] if args else next(iter(kwargs.values()))
         try:
-            ours = run(face)
+            ours = run(face, judged)
         except UnservedOption as error:
             check = Check(pair.path, 1, failures=(str(error),))
         else:
-            check = compare(pair.path, settled(face), x, theirs, ours, lambda: run(pair.peer))
+            check = compare(pair.path, settled(face), x, theirs, ours, lambda: run(pair.peer, judged))
         found[index] = found[index].plus(check)
-        return theirs
+        return returned
 
     return method
 

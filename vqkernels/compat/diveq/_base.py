@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -14,7 +16,6 @@ from vqkernels.nn._random import draw_seed, first_row
 from vqkernels.nn.estimators.base import Context
 from vqkernels.nn.metrics import code_counts
 from vqkernels.nn.quantizers.base import recomputing
-from vqkernels.nn.upkeep.recent import usable
 
 # of every face here, in the words of a report
 ALWAYS = (
@@ -42,6 +43,8 @@ class DiveqFace(Face):
     iter_counter: Tensor
     # fewest codes it can work with
     min_codes: ClassVar[int] = 1
+    # the released forward is noisy in eval mode too
+    entries: ClassVar[Mapping[str, str]] = MappingProxyType({"forward": "inference", "inference": "inference"})
 
     def __init__(
         self,
@@ -100,9 +103,9 @@ class DiveqFace(Face):
         """The noise of this forward: the rows of all ranks are rows of one batch."""
         return Context(draw_seed(z.device), first_row(len(z)))
 
-    def _counts(self, z: Tensor, indices: Tensor) -> Tensor:
-        """Rows of each code (K,), those with a NaN or Inf left out."""
-        return code_counts(torch.where(usable(z.detach()), indices, -1), self.num_embeddings)
+    def _counts(self, indices: Tensor, finite: Tensor) -> Tensor:
+        """Rows of each code (K,), those without a NaN or Inf (N,) alone."""
+        return code_counts(torch.where(finite, indices, -1), self.num_embeddings)
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:

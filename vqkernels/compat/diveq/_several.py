@@ -18,6 +18,7 @@ from vqkernels.nn.estimators.base import Choice
 from vqkernels.nn.estimators.diveq import DiVeQ, DiVeQDetach
 from vqkernels.nn.metrics import perplexity
 from vqkernels.nn.quantizers.combined import cross_once
+from vqkernels.nn.upkeep.recent import usable
 from vqkernels.ops import nearest_code
 from vqkernels.ops.diveq import dithered_segment
 
@@ -75,13 +76,18 @@ class Several(Replacing):
         context = self._context(z)
         walk = self._walk(z, nearest_pick)
         z_q = cross_once(DiVeQ(noise_std=self.noise_var), z, walk.target, context)
-        return z_q, walk, [self._counts(z, index) for index in walk.indices]
+        return z_q, walk, self._uses(z, walk)
+
+    def _uses(self, z: Tensor, walk: Walk) -> list[Tensor]:
+        """Rows of each code, for each codebook."""
+        finite = usable(z.detach())
+        return [self._counts(index, finite) for index in walk.indices]
 
     def _evaluated(self, z: Tensor, pick: Pick) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The target itself, with the gradient of eq. 16."""
         walk = self._walk(z, pick)
         z_q = cross_once(DiVeQDetach(), z, walk.target, no_seed(z))
-        return z_q, walk.indices, [perplexity(self._counts(z, index)) for index in walk.indices]
+        return z_q, walk.indices, [perplexity(counts) for counts in self._uses(z, walk)]
 
     @staticmethod
     def outcome(result: tuple) -> tuple[Tensor, Tensor]:
@@ -240,7 +246,7 @@ class SeveralCurves(Several, SpaceFilling):
 
         walk = self._walk(z, pick)
         z_q = cross_once(DiVeQ(noise_std=self.noise_var), z, walk.target, context)
-        return z_q, walk.indices, [perplexity(self._counts(z, index)) for index in walk.indices]
+        return z_q, walk.indices, [perplexity(counts) for counts in self._uses(z, walk)]
 
     @torch.no_grad()
     def inference(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -256,5 +262,9 @@ class SeveralCurves(Several, SpaceFilling):
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """As of every face; None where indices are segments, or do not say what the next codebook quantizes."""
-        told = self.warming or (not self.training and (self.evaluation == "codeword" or self.independent))
+        if self.training:
+            told = self.warming
+        else:
+            # `inference` goes to the curve in the warm-up too
+            told = self.evaluation == "codeword" or self.independent
         return self._sq_dist_of(x, indices) if told else None

@@ -67,9 +67,9 @@ class _Single(Replacing):
             return self._evaluate(z)
         # a replacement must not reach what a pending backward reads
         codes = self.codebook.clone() if self.codebook_reset else self.codebook
-        indices = nearest_code(z, codes).indices
+        indices, sq_dist = nearest_code(z, codes)
         z_q = self._cross(z, codes, indices)
-        counts = self._counts(z, indices)
+        counts = self._counts(indices, ~sq_dist.isnan())
         if self.codebook_reset:
             self._note(counts, self._advance())
         return z_q, indices, perplexity(counts)
@@ -91,9 +91,9 @@ class _Single(Replacing):
         return self._evaluate(z)
 
     def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        indices = nearest_code(z, self.codebook).indices
+        indices, sq_dist = nearest_code(z, self.codebook)
         z_q = move(z, self.codebook, Choice(indices), no_seed(z), "detach").z
-        return z_q, indices, perplexity(self._counts(z, indices))
+        return z_q, indices, perplexity(self._counts(indices, ~sq_dist.isnan()))
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         codes = self.codebook.detach().double()[indices]

@@ -11,6 +11,7 @@ from vqkernels.compat.diveq._space import DIFFERENCES, SpaceFilling
 from vqkernels.nn.estimators.base import Choice, Context
 from vqkernels.nn.estimators.diveq import move
 from vqkernels.nn.metrics import perplexity
+from vqkernels.nn.upkeep.recent import usable
 from vqkernels.ops.diveq import dithered_segment
 
 
@@ -63,7 +64,7 @@ class _SingleCurve(SpaceFilling):
         context = self._context(z)
         segments, position = dithered_segment(z, self.codebook, context.seed, None)
         z_q = self._cross(z, Choice(segments, position), context)
-        return z_q, segments, perplexity(self._counts(z, segments))
+        return z_q, segments, perplexity(self._counts(segments, usable(z.detach())))
 
     @torch.no_grad()
     def inference(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +86,7 @@ class _SingleCurve(SpaceFilling):
     def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         choice, indices = self._nearest_point(z, self.codebook)
         z_q = move(z, self.codebook, choice, no_seed(z), "detach").z
-        return z_q, indices, perplexity(self._counts(z, indices))
+        return z_q, indices, perplexity(self._counts(indices, usable(z.detach())))
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """As of every face, of an evaluation; None in training, whose indices are segments."""

@@ -53,7 +53,7 @@ class _Nearest(Remapped):
         z_q = self.embedding(indices)
         return z_q if shape is None else z_q.view(shape).permute(0, 3, 1, 2).contiguous()
 
-    def carry(self, peer: nn.Module) -> None:
+    def carry(self, peer: Any) -> None:
         """The peer's own embedding and what it calls its remap."""
         self.embedding = peer.embedding
         self.remap = getattr(peer, "remap", None)

@@ -57,7 +57,9 @@ def beam_search(stages: Stages, y: Tensor, beam: int, weights: Tensor) -> Found:
         counted = torch.where(stages.mask[..., None], losses, 0.0)
         mean = counted.sum((0, 1)) / stages.mask.sum().clamp_min(1)
     residuals = [rows[:, :, 0] for rows in seen]
-    return Found(z[:, :, 0], stages.padded(paths[:, :, 0], -1), stages.padded(mean, 0), residuals, searched=True)
+    return Found(
+        z[:, :, 0], stages.padded(paths[:, :, 0], -1), stages.padded(mean, 0), residuals, searched=True
+    )
 
 
 def _chosen(of_paths: Tensor, picked: Tensor) -> Tensor:

@@ -67,7 +67,9 @@ class Stages:
             z = z + quantized
             indices.append(index)
             losses.append(loss)
-        return Found(z, self.padded(torch.stack(indices, dim=-1), -1), self.padded(torch.stack(losses), 0), residuals)
+        return Found(
+            z, self.padded(torch.stack(indices, dim=-1), -1), self.padded(torch.stack(losses), 0), residuals
+        )
 
     def cross_entropy(self, y: Tensor, targets: Tensor) -> Found:
         """The sum over stages of the cross entropy of the targets (B, N, Q), in place of losses."""

@@ -111,7 +111,9 @@ class FSQ(Face):
                 warnings.warn(words, stacklevel=2)
             rotation = torch.empty(len(levels), len(levels))
             # a decomposition has no meta form, and the peer's rotation is taken over then
-            self.register_buffer("orthogonal_rot", rotation if rotation.is_meta else nn.init.orthogonal_(rotation))
+            self.register_buffer(
+                "orthogonal_rot", rotation if rotation.is_meta else nn.init.orthogonal_(rotation)
+            )
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:

@@ -36,12 +36,20 @@ class GroupedResidualVQ(Face):
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs):
         super().__init__()
         if dim % groups:
-            refuse(ValueError, "GroupedResidualVQ", "dim", f"be a multiple of {groups}", dim, "Pass another `groups`")
+            refuse(
+                ValueError,
+                "GroupedResidualVQ",
+                "dim",
+                f"be a multiple of {groups}",
+                dim,
+                "Pass another `groups`",
+            )
         self.dim = dim
         self.groups = groups
         self.accept_image_fmap = accept_image_fmap
         self.rvqs = nn.ModuleList(
-            ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups)
+            ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs)
+            for _ in range(groups)
         )
 
     @classmethod
@@ -94,10 +102,19 @@ class GroupedResidualVQ(Face):
         """
         name = "GroupedResidualVQ"
         if x.shape[self.split_dim] != self.dim:
-            refuse(ValueError, name, "x", f"have {self.dim} features", x.shape[self.split_dim], "Pass them as `dim`")
+            refuse(
+                ValueError,
+                name,
+                "x",
+                f"have {self.dim} features",
+                x.shape[self.split_dim],
+                "Pass them as `dim`",
+            )
         targets = [None] * self.groups if indices is None or len(indices) == 0 else list(indices)
         if len(targets) != self.groups:
-            refuse(ValueError, name, "indices", f"have {self.groups} groups", len(targets), "Pass all of them")
+            refuse(
+                ValueError, name, "indices", f"have {self.groups} groups", len(targets), "Pass all of them"
+            )
         # all groups keep as many stages
         dropout = self.training and self.rvqs[0].quantize_dropout
         seed = draw_host_seed(x.device) if dropout else None
@@ -111,7 +128,9 @@ class GroupedResidualVQ(Face):
                 mask=mask,
                 rand_quantize_dropout_fixed_seed=seed,
             )
-            for rvq, part, target in zip(self.rvqs, x.chunk(self.groups, dim=self.split_dim), targets, strict=True)
+            for rvq, part, target in zip(
+                self.rvqs, x.chunk(self.groups, dim=self.split_dim), targets, strict=True
+            )
         ]
         quantized, found, *rest = zip(*parts, strict=True)
         quantized = torch.cat(quantized, dim=self.split_dim)

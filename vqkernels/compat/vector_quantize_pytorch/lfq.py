@@ -147,13 +147,17 @@ class LFQ(Face):
         self.num_codebooks = num_codebooks
         self.keep_num_codebooks_dim = keep
         self.channel_first = channel_first
-        self.activation = nn.Identity() if straight_through_activation is None else straight_through_activation
+        self.activation = (
+            nn.Identity() if straight_through_activation is None else straight_through_activation
+        )
         self.spherical = spherical
         self.orthogonal_rotation = orthogonal_rotation
         if orthogonal_rotation:
             rotation = torch.empty(self.codebook_dim, self.codebook_dim)
             # a decomposition has no meta form, and the peer's rotation is taken over then
-            self.register_buffer("orthogonal_rot", rotation if rotation.is_meta else nn.init.orthogonal_(rotation))
+            self.register_buffer(
+                "orthogonal_rot", rotation if rotation.is_meta else nn.init.orthogonal_(rotation)
+            )
         self.frac_per_sample_entropy = frac_per_sample_entropy
         self.diversity_gamma = diversity_gamma
         self.entropy_loss_weight = entropy_loss_weight
@@ -179,7 +183,8 @@ class LFQ(Face):
         cosine = type(peer.project_in).__name__ == "CosineSimLinear"
         return {name: getattr(peer, name) for name in names.split()} | {
             "straight_through_activation": peer.activation,
-            "projection_has_bias": getattr(peer.project_out, "bias", None) is not None or not peer.has_projections,
+            "projection_has_bias": getattr(peer.project_out, "bias", None) is not None
+            or not peer.has_projections,
             "cosine_sim_project_in": cosine,
             "cosine_sim_project_in_scale": peer.project_in.scale if cosine else None,
         }

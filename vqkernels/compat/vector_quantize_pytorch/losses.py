@@ -52,26 +52,30 @@ def cross_entropy(x: Tensor, codes: Tensor, targets: Tensor, cosine: bool) -> Te
 
 
 def diversity(x: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:
-    """Minus the entropy of each item's mean code distribution, a mean over items (maximal entropy is least).
+    """Minus the entropy of each position's code distribution over items and heads, a mean over positions.
 
-        p = mean_n softmax(temperature l_n),   loss = sum_j p_j ln max(p_j, 1e-5)
+        p_n = mean softmax(temperature l_n),   loss = mean_n sum_j p_nj ln max(p_nj, 1e-5)
 
     Args:
-        x: (G, ..., N, D), an item for each of the leading dims.
+        x: (G, ..., N, D), positions of an item for each of the leading dims.
         codes: (G, K, D).
         cosine: whether logits are products.
         temperature: factor of the logits.
     """
 
-    def run(rows: Tensor, table: Tensor) -> Tensor:
-        return (logits_of(rows, table, cosine) * temperature).softmax(1).sum(0)
+    def run(some: Tensor, tables: Tensor) -> Tensor:
+        parts = []
+        for rows, table in zip(some, tables, strict=True):
+            soft = (logits_of(rows.flatten(0, 1), table, cosine) * temperature).softmax(1)
+            parts.append(soft.view(*rows.shape[:2], -1).mean(0))
+        p = torch.stack(parts).mean(0)
+        return (p * p.clamp_min(1e-5).log()).sum()
 
-    losses = []
-    for items, table in zip(x.flatten(1, -3), codes, strict=True):
-        for rows in items:
-            p = torch.stack(_by_rows(run, (rows,), table)).sum(0) / len(rows)
-            losses.append((p * p.clamp_min(1e-5).log()).sum())
-    return torch.stack(losses).mean()
+    items = x.flatten(1, -3)
+    at_once = max(1, rows_at_once(codes.shape[1], codes.device) // items.shape[1])
+    some = items.split(at_once, 2)
+    parts = [checkpoint(run, part, codes, use_reentrant=False) for part in some]
+    return torch.stack(parts).sum() / x.shape[-2]
 
 
 def soft_codes(x: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:
@@ -110,11 +114,13 @@ def nearest_few(x: Tensor, codes: Tensor, count: int) -> Tensor:
 
 
 def orthogonal(codes: Tensor) -> Tensor:
-    """How far codes (G, K, D) are from orthogonal (Shin et al. 2021, eq. 2).
+    """How far codes (G, K, D) are from orthonormal (Shin et al. 2021, eq. 2).
 
-        sum_ij cos^2(c_i, c_j) / (G K^2) - 1 / K,   where sum_ij (u_i . u_j)^2 = |sum_i u_i u_i^T|^2
+        |U U^T - I|^2 / (G K^2),   U the codes at length 1, 0 for a code of 0
     """
     groups, size, _ = codes.shape
-    unit = F.normalize(codes.float(), dim=-1, eps=1e-6)
-    # D x D and not K x K
-    return (unit.mT @ unit).square().sum() / (groups * size**2) - 1 / size
+    wide = torch.promote_types(codes.dtype, torch.float32)
+    unit = F.normalize(codes.to(wide), dim=-1, eps=1e-6)
+    # |U U^T| = |U^T U|, which is D x D and not K x K
+    squares = (unit.mT @ unit).square().sum() - 2 * unit.square().sum() + groups * size
+    return squares / (groups * size**2)

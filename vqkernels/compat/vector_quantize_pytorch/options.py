@@ -14,7 +14,7 @@ from vqkernels.compat.face import unserved
 _NAME = "VectorQuantize"
 
 
-def check_options(face: nn.Module, ema_update: bool, affine: bool, threshold: float) -> None:
+def check_options(face: nn.Module, ema_update: bool, affine: bool) -> None:
     """Refuse options that contradict each other.
 
     Raises:
@@ -32,12 +32,6 @@ def check_options(face: nn.Module, ema_update: bool, affine: bool, threshold: fl
         (cosine and affine, "affine_param", "be False with use_cosine_sim", True),
         (ema_update and learnable, "ema_update", "be False for a learnable codebook", True),
         (face.straight_through and learnable, "straight_through", "be False for a learnable codebook", True),
-        (
-            face.directional_reparam and threshold == 0,
-            "threshold_ema_dead_code",
-            "be above 0 with directional_reparam",
-            threshold,
-        ),
         (
             face.sync_update_v < 0 or (face.sync_update_v > 0 and not learnable),
             "sync_update_v",

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels.checks import refuse
-from vqkernels.compat.face import Face, unserved
+from vqkernels.compat.face import Face
 from vqkernels.compat.vector_quantize_pytorch._beam import beam_search
+from vqkernels.compat.vector_quantize_pytorch._residual_options import (
+    check_residual,
+    codebook_sizes,
+    no_neural_codebook,
+)
 from vqkernels.compat.vector_quantize_pytorch._stages import Found, Stages
 from vqkernels.compat.vector_quantize_pytorch.vector_quantize import VectorQuantize
 from vqkernels.nn._random import all_sum, distributed
@@ -23,7 +28,14 @@ from vqkernels.ops import directional
 _VARIANCE = 5e-3
 _SEEDS = 10_000
 # options of a layer that ResidualVQ sets itself
-_OWN = ("dim", "codebook_size", "codebook_dim", "heads", "accept_image_fmap", "return_zeros_for_masked_padding")
+_OWN = (
+    "dim",
+    "codebook_size",
+    "codebook_dim",
+    "heads",
+    "accept_image_fmap",
+    "return_zeros_for_masked_padding",
+)
 
 
 class ResidualVQ(Face):
@@ -63,8 +75,9 @@ class ResidualVQ(Face):
         "accept_image_fmap works for images of any size, where the peer needs D = H = W.",
         "indices= gives the cross entropy of each stage on its own residual, where the peer raises.",
         "freeze_codebook=True at construction holds in forward, and a frozen codebook is not updated after a beam search.",
+        "After a beam search each stage learns from its residuals of the path taken; the peer hands them out by beam.",
         "Codes that replace dead ones of a shared codebook are never masked rows.",
-        "get_codes_from_indices gives what forward looked up, also with an affine codebook or a bridge.",
+        "get_codes_from_indices gives what forward looked up, also with an affine codebook.",
         "The layers of a ResidualVQ for images take rows, (B, N, D).",
     )
 
@@ -94,7 +107,14 @@ class ResidualVQ(Face):
         **vq_kwargs,
     ):
         super().__init__()
-        _check(heads, implicit_neural_codebook, beam_size, eval_beam_size, quantize_dropout_cutoff_index, vq_kwargs)
+        check_residual(
+            heads,
+            implicit_neural_codebook,
+            beam_size,
+            eval_beam_size,
+            quantize_dropout_cutoff_index,
+            vq_kwargs,
+        )
         sizes = codebook_sizes(num_quantizers, codebook_size)
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
         self.has_projections = self.codebook_dim != dim
@@ -118,7 +138,8 @@ class ResidualVQ(Face):
         width = self.codebook_dim
         zeros = {"return_zeros_for_masked_padding": return_zeros_for_masked_padding}
         self.layers = nn.ModuleList(
-            VectorQuantize(dim=width, codebook_size=size, codebook_dim=width, **zeros, **vq_kwargs) for size in sizes
+            VectorQuantize(dim=width, codebook_size=size, codebook_dim=width, **zeros, **vq_kwargs)
+            for size in sizes
         )
         self.quantize_dropout = quantize_dropout and self.num_quantizers > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
@@ -130,19 +151,28 @@ class ResidualVQ(Face):
         weights = [1.0] * len(sizes) if beam_score_quantizer_weights is None else beam_score_quantizer_weights
         if len(weights) != len(sizes):
             fix = "Pass one per stage"
-            refuse(ValueError, "ResidualVQ", "beam_score_quantizer_weights", f"have {len(sizes)}", len(weights), fix)
+            refuse(
+                ValueError,
+                "ResidualVQ",
+                "beam_score_quantizer_weights",
+                f"have {len(sizes)}",
+                len(weights),
+                fix,
+            )
         self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
         self.shared_codebook = shared_codebook
         if shared_codebook:
             if not self.uniform_codebook_size:
-                refuse(ValueError, "ResidualVQ", "codebook_size", "be one where it is shared", sizes, "Pass one")
+                refuse(
+                    ValueError, "ResidualVQ", "codebook_size", "be one where it is shared", sizes, "Pass one"
+                )
             for layer in self.layers[1:]:
                 layer._codebook = self.layers[0]._codebook
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:
         if peer.implicit_neural_codebook:
-            _no_neural_codebook()
+            no_neural_codebook()
         layer = VectorQuantize.options_of(peer.layers[0])
         names = (
             "num_quantizers codebook_dim shared_codebook diveq quantize_dropout quantize_dropout_cutoff_index "
@@ -186,14 +216,25 @@ class ResidualVQ(Face):
         missing = self.num_quantizers - indices.shape[-1]
         if missing and not self.quantize_dropout:
             fix = "Pass indices of all stages, or construct it with quantize_dropout=True"
-            refuse(ValueError, "ResidualVQ", "indices", f"have {self.num_quantizers} stages", indices.shape[-1], fix)
+            refuse(
+                ValueError,
+                "ResidualVQ",
+                "indices",
+                f"have {self.num_quantizers} stages",
+                indices.shape[-1],
+                fix,
+            )
         places = indices.shape[:-1]
-        flat = nn.functional.pad(indices, (0, missing), value=-1).reshape(len(indices), -1, self.num_quantizers)
+        flat = nn.functional.pad(indices, (0, missing), value=-1).reshape(
+            len(indices), -1, self.num_quantizers
+        )
         codes = [
             layer.get_codes_from_indices(index.clamp_min(0)).masked_fill((index < 0)[..., None], 0)
             for layer, index in zip(self.layers, flat.unbind(-1), strict=True)
         ]
-        return torch.stack(codes).unflatten(2, places[1:]) if len(places) > 1 else torch.stack(codes).squeeze(2)
+        return (
+            torch.stack(codes).unflatten(2, places[1:]) if len(places) > 1 else torch.stack(codes).squeeze(2)
+        )
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The output that indices decode to: (B, ..., q) -> (B, ..., D), the features last in any case."""
@@ -251,7 +292,9 @@ class ResidualVQ(Face):
             z = _moved(y, z)
         z = self.project_out(z)
         if mask is not None:
-            z = torch.where(mask[..., None], z, torch.zeros_like(z) if self.return_zeros_for_masked_padding else rows)
+            z = torch.where(
+                mask[..., None], z, torch.zeros_like(z) if self.return_zeros_for_masked_padding else rows
+            )
         z = z.mT.unflatten(2, shape[2:]) if self.accept_image_fmap else z.reshape(shape)
         if indices is not None:
             return z, found.losses
@@ -274,7 +317,9 @@ class ResidualVQ(Face):
     def _update(self, found: Found, mask: Tensor | None) -> None:
         """What stages leave to the end: statistics of the path that a beam search took, and those of a shared codebook."""
         if found.searched:
-            for layer, rows, index in zip(self.layers, found.residuals, found.indices.unbind(-1), strict=False):
+            for layer, rows, index in zip(
+                self.layers, found.residuals, found.indices.unbind(-1), strict=False
+            ):
                 layer.update_indices(rows, index, mask=mask)
         if self.shared_codebook:
             first = self.layers[0]
@@ -282,8 +327,9 @@ class ResidualVQ(Face):
                 first._codebook.update_ema()
             first.update_in_place_optimizer()
             rows = torch.stack(found.residuals, dim=2)  # (B, N, Q, D')
-            rows = rows.flatten(1, 2) if mask is None else rows[mask].flatten(0, 1)[None]
-            first.expire_codes_(rows)
+            # rows with a nan are never taken, and no one has to wait for the number of others
+            rows = rows if mask is None else rows.masked_fill(~mask[..., None, None], torch.nan)
+            first.expire_codes_(rows.flatten(1, 2))
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         beam = self.beam_size if self.training else self.eval_beam_size
@@ -317,43 +363,3 @@ def draw_host_seed(device: torch.device) -> int:
     if not distributed():
         return int(torch.randint(0, _SEEDS, (), device="cpu"))
     return int(all_sum(torch.randint(0, _SEEDS, (), device=device)))
-
-
-def codebook_sizes(num_quantizers: int | None, codebook_size: int | tuple[int, ...]) -> tuple[int, ...]:
-    """K of each stage.
-
-    Raises:
-        ValueError: the number of stages is not known, or is another one than that of sizes.
-    """
-    if isinstance(codebook_size, tuple):
-        if num_quantizers not in (None, len(codebook_size)):
-            fix = f"Pass {len(codebook_size)}, or leave it out"
-            refuse(ValueError, "ResidualVQ", "num_quantizers", "be that of sizes", num_quantizers, fix)
-        return codebook_size
-    if num_quantizers is None:
-        fix = "Pass the number of stages"
-        refuse(ValueError, "ResidualVQ", "num_quantizers", "be given with one codebook_size", None, fix)
-    return (codebook_size,) * num_quantizers
-
-
-def _no_neural_codebook() -> None:
-    fix = "Leave it out, or keep the peer's module: it forms N x K codes of D features"
-    unserved("ResidualVQ", "implicit_neural_codebook", True, fix)
-
-
-def _check(
-    heads: int, neural: bool, beam: int | None, eval_beam: int | None, cutoff: int, vq_kwargs: dict[str, object]
-) -> None:
-    name = "ResidualVQ"
-    if heads != 1:
-        refuse(ValueError, name, "heads", "be 1", heads, "Use GroupedResidualVQ for parts of the features")
-    if neural:
-        _no_neural_codebook()
-    if eval_beam is not None and beam is None:
-        refuse(ValueError, name, "eval_beam_size", "come with beam_size", eval_beam, "Pass beam_size too")
-    if cutoff < 0:
-        refuse(ValueError, name, "quantize_dropout_cutoff_index", "not be negative", cutoff, "Pass 0")
-    if not vq_kwargs.get("channel_last", True):
-        unserved(name, "channel_last", False, "Move the features of x to the end")
-    if vq_kwargs.get("accept_3d_fmap", False):
-        unserved(name, "accept_3d_fmap", True, "Flatten the volume to (B, N, D)")

@@ -72,7 +72,9 @@ class SimVQ(Face):
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:
         frozen_dim = peer.frozen_codebook.shape[1]
-        widths = [layer.out_features for layer in peer.code_transform.modules() if isinstance(layer, nn.Linear)]
+        widths = [
+            layer.out_features for layer in peer.code_transform.modules() if isinstance(layer, nn.Linear)
+        ]
         return {
             "dim": widths[-1] if widths else frozen_dim,
             "codebook_size": peer.codebook_size,

@@ -63,7 +63,7 @@ class VectorQuantize(Face):
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",)
     differences: ClassVar[tuple[str, ...]] = (
         "the index is that of the nearest code in float64, the lowest on ties",
-        "straight_through=True needs no rotation_trick=False",
+        "straight_through=True needs no rotation_trick=False, and directional_reparam no replacement of dead codes",
         "sync_update_v gives the codes their share of the task's gradient (Huh et al. 2023, eq. 21)",
         "affine moments stand still in evaluation and while frozen, load from a state_dict, and reach decoded codes",
         "sync_codebook is decided in each forward, so that a process group may come later",
@@ -71,6 +71,9 @@ class VectorQuantize(Face):
         "the commitment loss of a masked batch compares what is quantized, also behind projections, heads and cosine",
         "quantize beside a cross entropy has the layout of x and its projection out",
         "in_place_codebook_optimizer sees the gradient of its own loss alone, and no hooks of a wrapper fire",
+        "gradients of a cross entropy and of the diversity loss are those of the codes before the update",
+        "the orthogonal loss does not reward codes of 0",
+        "decoded codes of heads that share a codebook are merged as in quantize, and project_out sees features last",
         "k-means starts by k-means++, and noise and replacements are other draws of the same laws",
         "a row with a NaN or Inf, and a masked one, has no part in losses and codes",
     )
@@ -153,7 +156,7 @@ class VectorQuantize(Face):
         self.channel_last = channel_last
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.freeze_codebook = freeze_codebook
-        check_options(self, ema_update, affine_param, threshold_ema_dead_code)
+        check_options(self, ema_update, affine_param)
 
         codebook_dim = dim if codebook_dim is None else codebook_dim
         inner = codebook_dim * heads
@@ -225,9 +228,10 @@ class VectorQuantize(Face):
             (..., D'), with the features second where they come first in x; D' of all heads.
         """
         table = self._codebook.codes()
+        if self.separate_codebook_per_head and self.heads > 1:
+            indices = self._codebook.flat(indices.movedim(-1, 0)).movedim(0, -1)
         codes = gather(table.flatten(0, 1), indices)
-        if self.separate_codebook_per_head:
-            codes = gather(table.flatten(0, 1), self._codebook.flat(indices.movedim(-1, 0)).movedim(0, -1))
+        if self.heads > 1:
             codes = codes.flatten(-2)
         if self._channel_first:
             codes = codes.movedim(-1, 1)
@@ -340,10 +344,12 @@ class VectorQuantize(Face):
             in_place = self._optimize(y, counted, temperature, update)
         codes = book.codes()
         codes = codes.detach() if self.training and frozen else codes
-        moving = changes and topk is None and (optimized or book.moves(ema_update))
+        # what follows the k nearest codes is an `update_indices`, which moves codes as well
+        written = changes and (optimized or book.moves(ema_update))
+        moving = written and topk is None
         if moving and (indices is not None or self._scores_all):
             codes = codes.clone()
-        chosen = self._choose(y, codes, counted, temperature, topk, moving)
+        chosen = self._choose(y, codes, counted, temperature, topk, written)
         every = y if topk is None else y.unsqueeze(-2).expand(*y.shape[:-1], topk, -1)
         routed = self.training and x.requires_grad and self.route_gradients_to_input
         learned = self.learnable_codebook and not frozen
@@ -443,7 +449,8 @@ class VectorQuantize(Face):
     ) -> _Chosen:
         """The codes of rows y (G, ..., D); where codes are `moving`, with a table of their own."""
         kept = self._kept
-        if kept is not None and recomputing() and kept.indices.shape == y.shape[:-1]:
+        places = y.shape[:-1] if topk is None else (*y.shape[:-1], topk)
+        if kept is not None and recomputing() and kept.indices.shape == places:
             live = _apart(codes.flatten(0, 1), self._codebook.flat(kept.indices)).table
             table = kept.table + (live - live.detach()) if live.requires_grad else kept.table
             return kept._replace(table=table)

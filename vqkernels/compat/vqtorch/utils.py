@@ -20,9 +20,9 @@ def is_vqn(net: nn.Module) -> bool:
     return any(map(is_vq, net.modules()))
 
 
-def get_vq_layers(model: nn.Module) -> list[nn.Module]:
+def get_vq_layers(model: nn.Module) -> list[VectorQuant]:
     """All that a network has."""
-    return [part for part in model.modules() if is_vq(part)]
+    return [part for part in model.modules() if isinstance(part, VectorQuant)]
 
 
 class no_vq:

@@ -66,6 +66,9 @@ def replace_unused(vq: VectorQuant, x: Tensor, indices: Tensor) -> None:
     left.copy_(torch.where(used, vq.replace_freq, left - used.any().to(left.dtype)))
     # smaller than its neighbours, so that what is loaded by a hair too low is caught as well
     dead = (left <= 0).view(books, size)
+    # where to look costs nothing; elsewhere the host would wait
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
+        return
     fresh, found = zip(
         *[
             _fresh(*each, seed, book, vq.replace_rho)
@@ -125,7 +128,7 @@ def inner_step(vq: VectorQuant, x: Tensor, indices: Tensor) -> None:
     codes = vq.get_codebook()
     counts, sums = code_sums(F.embedding(indices, codes) - x, indices, len(codes))
     rows = all_sum(counts.sum()).clamp_min(1)
-    grad = 2 / (rows * codes.shape[1]) * all_sum(sums)
+    grad = 2 * all_sum(sums) / (rows * codes.shape[1])
     if hasattr(vq, "affine_transform"):
         scale, _ = vq.affine_transform.get_affine_params()
         blocks = grad.view(len(x), vq.affine_transform.num_groups, -1, grad.shape[1])

@@ -258,8 +258,8 @@ class VectorQuant(Face):
         """Codes as latents meet them, (S, K, D)."""
         weight = self.codebook.weight
         changes = self.inplace_codebook_optimizer is not None or self.replace_freq > 0
-        if self.training and (changes or self.codebook_norm in ("l2", "l2c")):
-            # a backward that is pending must not see what a forward writes
+        if torch.is_grad_enabled() and (changes or self.codebook_norm in ("l2", "l2c")):
+            # a backward that is pending must not see what a later forward writes
             weight = weight.clone()
         codes = weight.view(self.books, self.group_size, -1)
         return self.affine_transform(codes) if hasattr(self, "affine_transform") else codes
