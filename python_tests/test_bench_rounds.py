@@ -66,4 +66,4 @@ def test_make_installs_the_peers_that_the_bench_knows():
     names = set(line.removeprefix("PEERS :=").split())
     assert names == set(peers.PEERS_ON_CPU.values())
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert names | {"pytest-benchmark", "matplotlib"} == set(extras["bench"])
+    assert names | {"pytest-benchmark", "matplotlib", "tyro"} == set(extras["bench"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -15,6 +16,8 @@ from vqkernels.nn import Quantizer
 
 # how the name of a quantizer's range begins
 PREFIX = "vqkernels: "
+# what Nsight Systems tells the processes it starts
+_NSIGHT = "NSYS_PROFILING_SESSION_ID"
 
 
 def quantizers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -43,19 +46,19 @@ def ranges(model: nn.Module, *, nvtx: bool | None = None) -> Iterator[dict[str, 
 
     The ops need nothing: torch names them itself, `vqkernels::nearest_code` of the compiled backend,
     `vqkernels_triton::` and `vqkernels_reference::` of the others. Outside of the block nothing is left, so that a
-    step that nobody looks at pays nothing. On a GPU all ops become NVTX ranges too, for Nsight Systems.
+    step that nobody looks at pays nothing.
 
     Args:
         model: whose quantizers get the range "vqkernels: <path>" around their forward and their commits.
-        nvtx: whether every op becomes an NVTX range; where torch has a GPU and its own profiler does not run when left
-            out.
+        nvtx: whether every op becomes an NVTX range, which excludes torch's own profiler inside the block; where Nsight
+            Systems has started this process when left out.
 
     Yields:
         The quantizers by path.
     """
     found = quantizers_of(model)
     if nvtx is None:
-        nvtx = torch.cuda.is_available() and not torch.autograd._profiler_enabled()  # pyright: ignore
+        nvtx = torch.cuda.is_available() and _NSIGHT in os.environ
     with ExitStack() as stack:
         for path, module in found.items():
             for handle in _named(path, module):

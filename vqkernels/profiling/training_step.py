@@ -51,8 +51,8 @@ def profile(
     Args:
         model: to profile, on its device.
         batch: what its forward takes: a tensor, a tuple or list of arguments, or a dict of keywords.
-        loss: from what the model returns to a 0-d tensor; the sum of mean squares of all outputs with a gradient, or
-            the output's own attribute `loss`, when left out.
+        loss: from what the model returns to a 0-d tensor; when left out, a 0-d output itself, its attribute `loss`, or
+            the sum of the mean squares of all outputs that have a gradient.
         optimizer: of the model's parameters; AdamW when left out.
         steps: that are timed, and as many again that are profiled, after two that are neither.
         trace: also write a Chrome trace of the profiled steps, for chrome://tracing or Perfetto; compressed where the
@@ -279,7 +279,9 @@ def _ranged(phase: str) -> record_function:
 
 
 def _squares(output: Any) -> Tensor:
-    """A loss for those who have none at hand: every output that has a gradient gets one."""
+    """A loss for those who have none at hand: the model's own, else one that gives every output a gradient."""
+    if isinstance(output, Tensor) and output.dim() == 0:
+        return output
     own = getattr(output, "loss", None)
     # of a Quantized, it is one part of the objective
     if isinstance(own, Tensor) and own.dim() == 0 and own.requires_grad and not isinstance(output, tuple):
