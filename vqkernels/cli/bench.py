@@ -15,7 +15,7 @@ from vqkernels.train.config import RunError
 
 # VQ-VAE and VQGAN, of few enough rows for a minute on two cores; and whole on a GPU
 SHAPES: dict[str, dict[str, tuple[Shape, ...]]] = {
-    "cpu": {"search": ((65536, 1024, 64), (8192, 4096, 256)), "layer": ((8192, 1024, 64),)},
+    "cpu": {"search": ((32768, 1024, 64), (8192, 4096, 256)), "layer": ((8192, 1024, 64),)},
     "cuda": {
         "search": ((65536, 1024, 64), (65536, 8192, 256), (131072, 65536, 32)),
         "layer": ((65536, 1024, 64), (65536, 8192, 256)),
