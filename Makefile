@@ -132,6 +132,6 @@ $(VENV)/wheel: $(VENV)/torch
 # one by one: a peer that has no wheel here must not keep the others away, and the bench says who is missing
 $(VENV)/bench: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
-	$(PIP) pytest-benchmark matplotlib
+	$(PIP) pytest-benchmark matplotlib tyro
 	for peer in $(PEERS); do $(PIP) $$peer || echo "$$peer could not be installed: the bench goes on without it"; done
 	touch $@

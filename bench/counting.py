@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import records
 import torch
-from peers import Contender, Layer
-from timing import Failure, attempt
 from torch import Tensor
 
 import vqkernels as vq
+from vqkernels.profiling.peers import Contender, Layer
+from vqkernels.profiling.timing import Failure, attempt
 
 if TYPE_CHECKING:
     from run import Bench

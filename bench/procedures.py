@@ -19,9 +19,9 @@ from pathlib import Path
 
 import records
 import torch
-from timing import HostClock, interleaved
 from torch import Tensor
 
+from vqkernels.profiling.timing import HostClock, interleaved
 from vqkernels.train.config import TrainConfig
 from vqkernels.train.data.images import load_images
 from vqkernels.train.learners.alternated import Alternated

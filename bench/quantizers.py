@@ -18,13 +18,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import memory
 import records
 import torch
-from timing import HostClock, interleaved
 from torch import Tensor
 
 from vqkernels.nn import METHODS, Codebook, Quantizer, VectorQuantizer, build
+from vqkernels.profiling import memory
+from vqkernels.profiling.timing import HostClock, interleaved
 from vqkernels.testing import brute_force
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
-from timing import Floors
 
-from vqkernels import native
-
-# what json gives back
-Record = dict[str, Any]
-Shape = tuple[int, int, int]
+from vqkernels.profiling import machine
+from vqkernels.profiling.machine import Record, Shape
+from vqkernels.profiling.timing import Floors
 
 # case of lines that sum up a run
 SUMMARY = "summary"
@@ -30,36 +23,9 @@ KEY = ("case", "shape", "dtype", "name")
 
 
 def facts(device: torch.device) -> Record:
-    """Where and with what a process measures."""
+    """Where and with what a process measures, and of which commit."""
     ran = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "machine": platform.processor() or platform.machine(),
-        "cpu": _cpu(),
-        "isa": native.facts().get("isa"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda if cuda else None,
-        "python": platform.python_version(),
-        "commit": ran.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
-        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
-    }
-
-
-def _cpu() -> str | None:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    return next((text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")), None)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+    return machine.facts(device) | {"commit": ran.stdout.strip() or None}
 
 
 def tera(rate: float | None) -> float | None:
@@ -93,17 +59,6 @@ def floors_line(floors: Floors, facts: Record) -> str:
     return words
 
 
-def bounds_ms(case: str, shape: Shape, itemsize: int, floors: Floors) -> tuple[float | None, float | None]:
-    """Least milliseconds by dot products (2NKD operations) and by memory (everything moved once)."""
-    n, k, d = shape
-    rows = 1 if case == "search" else 5
-    moved = itemsize * (rows * n * d + (1 if case == "search" else 2) * k * d) + 12 * n
-    return (
-        None if floors.flops is None else 2e3 * n * k * d / floors.flops,
-        None if floors.bandwidth is None else 1e3 * moved / floors.bandwidth,
-    )
-
-
 def measurement(
     case: str,
     shape: Shape,
@@ -118,7 +73,7 @@ def measurement(
     """Describe the timed rounds of one contender; `over` is the median it is compared with."""
     n, k, d = shape
     median = statistics.median(times)
-    products, memory = bounds_ms(case, shape, dtype.itemsize, floors)
+    products, memory = machine.bounds_ms(case, shape, dtype.itemsize, floors)
     bound = None if products is None or memory is None else max(products, memory)
     return {
         "case": case,

@@ -13,28 +13,35 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from itertools import cycle
-from typing import Any
 
 import counting
-import memory
 import options as command_line
 import records
 import summary
 import torch
-from layers import layers
 from options import Shape, parse
-from oracle import Oracle
-from peers import OURS, Bound, Contender, bind, missing, versions
-from searches import searches
-from steps import Steps
-from timing import CAPTURED, Clock, Failure, Floors, attempt, clock_of, interleaved, spread_out
 from torch import Tensor
 
 from vqkernels import native
+from vqkernels.profiling import memory
+from vqkernels.profiling.checked import Call, Checked, check, guessed_seconds, too_large, turning
+from vqkernels.profiling.layers import layers
+from vqkernels.profiling.oracle import Oracle
+from vqkernels.profiling.peers import OURS, Contender, bind, missing, versions
+from vqkernels.profiling.searches import searches
+from vqkernels.profiling.steps import Steps
+from vqkernels.profiling.timing import (
+    CAPTURED,
+    Clock,
+    Failure,
+    Floors,
+    attempt,
+    clock_of,
+    interleaved,
+    spread_out,
+)
 
 # sets of inputs that calls go through in turn
 SETS = 4
@@ -45,29 +52,10 @@ SHORT = 1.0
 SLOW = 2.0
 # from so many on, the call that was checked is the measurement; of those that a run is judged by
 LONG, LONGEST = 10.0, 40.0
-# rounds of a long call that a run is judged by, rounds on a CPU, and the part of the rows that tells what a call of all will take
-TWICE, FEWEST, MOST, TRIED = 2, 3, 25, 32
+# rounds of a long call that a run is judged by, and rounds on a CPU
+TWICE, FEWEST, MOST = 2, 3, 25
 # processes that want to run, per thread of ours, from which on a word is due
 BUSY = 0.5
-
-Call = Callable[[Tensor], object]
-
-
-@dataclass
-class Checked:
-    """A contender that found what it promised.
-
-    Attributes:
-        contender: who.
-        run: what is called with x.
-        seconds: of the call that was checked.
-        facts: what is recorded of it beside times.
-    """
-
-    contender: Contender
-    run: Call
-    seconds: float
-    facts: records.Record = field(default_factory=dict)
 
 
 class Bench:
@@ -209,7 +197,7 @@ class Bench:
                     self.skip(contender.name, f"{where}: {reason}")
                     continue
                 run = attempt(
-                    partial(self.check, contender, run, inputs[0], oracle if case == "search" else steps)
+                    partial(check, contender, run, inputs[0], oracle if case == "search" else steps)
                 )
             if isinstance(run, Failure):
                 self.fail(contender, where, run.reason)
@@ -231,10 +219,9 @@ class Bench:
 
     def why_not(self, contender: Contender, shape: Shape, left: float) -> str | None:
         """Why a contender is not even tried, or None."""
-        free = self.clock.free_bytes()
-        needs = contender.bytes_per_pair * shape[0] * shape[1]
-        if free is not None and needs > 0.8 * free:
-            return f"it would need {needs / 1e9:.0f} GB of {free / 1e9:.0f} GB"
+        reason = too_large(contender, shape, self.clock.free_bytes())
+        if reason is not None:
+            return reason
         if shape[0] * shape[1] > contender.most_pairs and self.options.names is None:
             return "its calls take too long at this size for a default run; --names asks for it"
         if contender.compiles and (self.options.no_compile or left < 8):
@@ -243,35 +230,16 @@ class Bench:
 
     def too_slow(self, contender: Contender, run: Call, x: Tensor) -> str | None:
         """On a CPU, why a peer is not asked for all rows, from what some of them took; or None."""
-        some = x[: len(x) // TRIED]
-        if self.device.type == "cuda" or not len(some):
+        if self.device.type == "cuda":
             return None
-        # the first call loads, compiles or starts threads; what it raises, the check will tell
-        failed = isinstance(attempt(lambda: run(some)), Failure)
+        # also for ours, whose first call it is
+        seconds = guessed_seconds(self.clock, run, x)
         # ours must be measured, but for the reference
-        if failed or (contender.ours and "reference" not in contender.name):
+        if contender.ours and "reference" not in contender.name:
             return None
-        took = attempt(lambda: self.clock.time(lambda: run(some)))
-        seconds = 0.0 if isinstance(took, Failure) else took * TRIED / 1e3
         if seconds <= self.options.cutoff:
             return None
         return f"a call would take about {seconds:.0f} s, more than {self.options.cutoff:.0f} s"
-
-    def check(self, contender: Contender, run: Bound, x: Tensor, judge: Oracle | Steps) -> Checked:
-        """Run once, compare with float64; raises where the result is not what was promised."""
-        if isinstance(judge, Steps):
-            judge.begin(run.layer)
-        began = time.perf_counter()
-        result: Any = run(x)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        checked = Checked(contender, run, time.perf_counter() - began)
-        if isinstance(judge, Steps):
-            judge.check(contender, run, result)
-            return checked
-        share, rows = judge.check_search(result, contender.exact)
-        checked.facts |= {"agreement": share, "agreement_rows": rows}
-        return checked
 
     def time(
         self,
@@ -378,12 +346,6 @@ def base_of(name: str, case: str, bases: dict[str, float], medians: dict[str, fl
     """The median that one is compared with: of ours that do what it does; without any, the least of all."""
     alike = [ms for ours, ms in bases.items() if case == "search" or summary.alike(ours, name)]
     return min(alike or bases.values() or medians.values())
-
-
-def turning(run: Call, inputs: Sequence[Tensor]) -> Callable[[], object]:
-    """Calls of `run` with one input after the other."""
-    turn = cycle(inputs)
-    return lambda: run(next(turn))
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 import records
-from peers import OURS
 from records import SUMMARY, Record
+
+from vqkernels.profiling.peers import OURS
 
 # whom the searches and the layers are held to
 SEARCHES = ("faiss-cpu IndexFlatL2", "flash-kmeans")

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import compare  # noqa: E402
-import peers  # noqa: E402
 import records  # noqa: E402
 import run  # noqa: E402
-import timing  # noqa: E402
-from layers import _plain  # noqa: E402
-from searches import _addmm, _cdist, _flash, addmm, chunk_rows  # noqa: E402
-from timing import Failure, Floors, HostClock, attempt, interleaved  # noqa: E402
+
+from vqkernels.profiling import peers, timing  # noqa: E402
+from vqkernels.profiling.layers import _plain  # noqa: E402
+from vqkernels.profiling.searches import _addmm, _cdist, _flash, addmm, chunk_rows  # noqa: E402
+from vqkernels.profiling.timing import Failure, Floors, HostClock, attempt, interleaved  # noqa: E402
 
 SHAPE = (300, 40, 8)
 

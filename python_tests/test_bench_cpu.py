@@ -16,18 +16,16 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import curves  # noqa: E402
 import figures  # noqa: E402
-import memory  # noqa: E402
 import options  # noqa: E402
-import oracle  # noqa: E402
-import peers  # noqa: E402
 import readme  # noqa: E402
 import records  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
-import timing  # noqa: E402
-from layers import layers  # noqa: E402
-from searches import searches  # noqa: E402
-from timing import Failure, Floors, HostClock, spread_out  # noqa: E402
+
+from vqkernels.profiling import memory, oracle, peers, timing  # noqa: E402
+from vqkernels.profiling.layers import layers  # noqa: E402
+from vqkernels.profiling.searches import searches  # noqa: E402
+from vqkernels.profiling.timing import Failure, Floors, HostClock, spread_out  # noqa: E402
 
 CPU = torch.device("cpu")
 ISAS = native.facts().get("isas_supported", [])
@@ -180,7 +178,7 @@ def test_who_is_lost_with_its_process_does_not_hide_the_rest(monkeypatch):
     calls = []
 
     def died(command, **given):
-        names = json.loads(command[2])["names"]
+        names = json.loads(command[-1])["names"]
         calls.append(names)
         lines = [
             json.dumps({"name": name, "bytes": 5})

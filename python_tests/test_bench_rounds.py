@@ -11,10 +11,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import options  # noqa: E402
-import peers  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
-from searches import searches  # noqa: E402
+
+from vqkernels.profiling import peers  # noqa: E402
+from vqkernels.profiling.searches import searches  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -65,4 +66,4 @@ def test_make_installs_the_peers_that_the_bench_knows():
     names = set(line.removeprefix("PEERS :=").split())
     assert names == set(peers.PEERS_ON_CPU.values())
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert names | {"pytest-benchmark", "matplotlib"} == set(extras["bench"])
+    assert names | {"pytest-benchmark", "matplotlib", "tyro"} == set(extras["bench"])

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import options  # noqa: E402
-import peers  # noqa: E402
 import run  # noqa: E402
-import steps  # noqa: E402
+
+from vqkernels.profiling import peers, steps  # noqa: E402
 
 # more rows than are compared with float64, so that some have nothing but the sums
 SHAPE = (300, 40, 8)

@@ -7,7 +7,9 @@ from vqkernels import BackendError
 from vqkernels.cli.console import first_process, processes, refused, stopped
 from vqkernels.cli.info import how_to_install, info, missing_packages
 
-DESCRIPTION = "Train, compare and demonstrate vector-quantized autoencoders; ask what can run here."
+DESCRIPTION = (
+    "Train, compare and demonstrate vector-quantized autoencoders; time the ops; ask what can run here."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # info is for the installation where something is missing, so it needs nothing
     if words == ["info"]:
         return info()
-    if missing := missing_packages():
-        return refused(how_to_install(missing))
+    # of the others, bench needs the least
+    extra = "bench" if words[:1] == ["bench"] else "train"
+    if missing := missing_packages(extra):
+        return refused(how_to_install(missing, extra))
     if processes() > 1 and words[:1] != ["train"]:
         return refused(
             f"{words[0] if words else 'vqkernels'}: launcher must start one process; got {processes()}. Use torchrun for train alone."
@@ -54,6 +58,10 @@ def commands(words: Sequence[str]) -> dict[str, Callable[..., int]]:
     Args:
         words: of the command line; the recipe that they name sets the defaults of `train` and `prior`.
     """
+    from vqkernels.cli.bench import bench
+
+    if words[:1] == ["bench"]:
+        return {"bench": bench, "info": info}
     from vqkernels.cli import train
     from vqkernels.cli.compare import compare
     from vqkernels.cli.demo import demo
@@ -68,6 +76,7 @@ def commands(words: Sequence[str]) -> dict[str, Callable[..., int]]:
         "prior": prior_command(words[1:]),
         "sample": sample,
         "demo": demo,
+        "bench": bench,
         "info": info,
     }
 

@@ -11,7 +11,11 @@ import vqkernels
 from vqkernels import native
 from vqkernels.ops import OPS
 
-TRAINING_PACKAGES = ("accelerate", "matplotlib", "PIL", "skimage", "sklearn", "tqdm", "transformers", "tyro")
+# what the commands import beside torch, by the extra that brings it
+PACKAGES = {
+    "train": ("accelerate", "matplotlib", "PIL", "skimage", "sklearn", "tqdm", "transformers", "tyro"),
+    "bench": ("matplotlib", "tyro"),
+}
 
 
 def info() -> int:
@@ -32,23 +36,29 @@ def info() -> int:
             print(f"  {name}")
             for backend, reason in op.explain_for(torch.device(device)).items():
                 print(f"    {backend:<10} {'ready' if reason is None else reason}")
-    missing = missing_packages()
-    print(f"all other commands: {'ready' if not missing else how_to_install(missing)}")
+    for extra, what in (("bench", "bench"), ("train", "all other commands")):
+        missing = missing_packages(extra)
+        print(f"{what}: {'ready' if not missing else how_to_install(missing, extra)}")
     return 0
 
 
-def missing_packages() -> list[str]:
-    """Name the packages that training needs and that are not installed."""
-    return [name for name in TRAINING_PACKAGES if importlib.util.find_spec(name) is None]
+def missing_packages(extra: str = "train") -> list[str]:
+    """Name the packages that commands need and that are not installed.
+
+    Args:
+        extra: of the package, "train" or "bench".
+    """
+    return [name for name in PACKAGES[extra] if importlib.util.find_spec(name) is None]
 
 
-def how_to_install(missing: Sequence[str]) -> str:
+def how_to_install(missing: Sequence[str], extra: str = "train") -> str:
     """Return one sentence about packages that are missing.
 
     Args:
         missing: their names.
+        extra: of the package, which brings them.
     """
-    return f'{", ".join(missing)} not installed; run pip install "vqkernels[train]"'
+    return f'{", ".join(missing)} not installed; run pip install "vqkernels[{extra}]"'
 
 
 def _triton() -> str:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vqkernels.checks import refuse
+
+# what `nn.Module` keeps of the hooks around a forward and its backward
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class UnservedOption(ValueError):
@@ -25,6 +38,11 @@ class Face(nn.Module):
     peers: ClassVar[tuple[str, ...]] = ()
     # one sentence for each way in which it behaves otherwise than the peer, on purpose
     differences: ClassVar[tuple[str, ...]] = ()
+    # methods of the peer that quantize -> the method, of both, by which a verification compares them: one that draws no
+    # noise in eval mode; what it returns is what `outcome` reads
+    entries: ClassVar[Mapping[str, str]] = MappingProxyType({"forward": "forward"})
+    # why outputs in eval mode are others than the peer's, on purpose; they then are nearer to the input
+    nearer: ClassVar[str | None] = None
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:
@@ -85,11 +103,32 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
     Raises:
         ValueError: the tensors of the two do not have the same names and shapes.
     """
+    share_tensors(face, peer)
+    # read first: the two may share modules
+    modes = {key: module.training for key, module in peer.named_modules()}
+    face.train(peer.training)
+    for key, module in face.named_modules():
+        module.training = modes.get(key, peer.training)
+    for hooks in HOOKS:
+        getattr(face, hooks).update(getattr(peer, hooks))
+    face._is_full_backward_hook = peer._is_full_backward_hook
+
+
+def share_tensors(face: nn.Module, peer: nn.Module) -> None:
+    """Put the peer's parameters and buffers (the same objects) into `face`.
+
+    Raises:
+        ValueError: the tensors of the two do not have the same names and shapes.
+    """
     name = type(face).__name__
     for table in ("_parameters", "_buffers"):
         ours, theirs = _entries(face, table), _entries(peer, table)
-        if ours.keys() != theirs.keys():
-            got = ", ".join(sorted(ours.keys() ^ theirs.keys()))
+        # an empty entry, such as the bias of a layer without one, needs none on the other side
+        unmatched = [
+            key for one, other in ((ours, theirs), (theirs, ours)) for key in _filled(one) - other.keys()
+        ]
+        if unmatched:
+            got = ", ".join(sorted(unmatched))
             refuse(
                 ValueError,
                 name,
@@ -99,18 +138,25 @@ def take_over(face: nn.Module, peer: nn.Module) -> None:
                 "Report it",
             )
         for key, (module, entry, old) in ours.items():
-            new = theirs[key][2]
+            new = theirs[key][2] if key in theirs else None
             if old is not None and new is not None and old.shape != new.shape:
                 got = f"{tuple(new.shape)} for {tuple(old.shape)}"
                 refuse(ValueError, name, key, "have the shape of its peer's", got, "Report it")
             getattr(module, table)[entry] = new
-    # read first: the two may share modules
-    modes = {key: module.training for key, module in peer.named_modules()}
-    face.train(peer.training)
-    for key, module in face.named_modules():
-        module.training = modes.get(key, peer.training)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(face, hooks).update(getattr(peer, hooks))
+
+
+def take_hooks(face: nn.Module, peer: nn.Module) -> None:
+    """Keep the hooks of `face` in the tables of `peer`, for the handles that remove a hook know those alone."""
+    for hooks in HOOKS:
+        mine, table = getattr(face, hooks), getattr(peer, hooks)
+        kept = dict(mine)
+        table.clear()
+        table.update(kept)
+        setattr(face, hooks, table)
+
+
+def _filled(entries: dict[str, tuple[nn.Module, str, Tensor | None]]) -> set[str]:
+    return {key for key, (_, _, tensor) in entries.items() if tensor is not None}
 
 
 def _entries(root: nn.Module, table: str) -> dict[str, tuple[nn.Module, str, Tensor | None]]:

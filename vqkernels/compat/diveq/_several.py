@@ -262,5 +262,9 @@ class SeveralCurves(Several, SpaceFilling):
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """As of every face; None where indices are segments, or do not say what the next codebook quantizes."""
-        told = self.warming or (not self.training and (self.evaluation == "codeword" or self.independent))
+        if self.training:
+            told = self.warming
+        else:
+            # `inference` goes to the curve in the warm-up too
+            told = self.evaluation == "codeword" or self.independent
         return self._sq_dist_of(x, indices) if told else None

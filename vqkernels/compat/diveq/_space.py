@@ -37,6 +37,7 @@ class SpaceFilling(DiveqFace):
     """
 
     min_codes = 2
+    nearer = "Outputs are the nearest points of the whole curve, and not of two of its segments."
     skip_iters: int
     avg_iters: int
     latents_on_cpu: bool

@@ -1,9 +1,7 @@
 """Peak memory of contenders on a CPU, measured in processes of their own, which allocate and time nothing else.
 
-    python bench/memory.py '{"case": ..., "shape": ..., "dtype": ..., "isas": ..., "names": [...]}'
-
-prints a JSON line per contender. Every block of 64 KiB or more goes back to the system when it is freed, so that
-what one contender leaves behind hides nothing of the next one's.
+Every block of 64 KiB or more goes back to the system when it is freed there, so that what one contender leaves behind
+hides nothing of the next one's.
 """
 
 from __future__ import annotations
@@ -16,14 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from layers import layers
-from peers import Contender, bind
-from searches import searches
-from timing import Failure, attempt, tensors
+
+from vqkernels.profiling.layers import layers
+from vqkernels.profiling.peers import Contender, bind
+from vqkernels.profiling.searches import searches
+from vqkernels.profiling.timing import Failure, attempt, tensors
 
 # of the call before, which loads libraries and starts threads
 WARMED = 256
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# what the process runs: this very package, wherever it came from
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from vqkernels.profiling.memory import main; main()"
 _RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -60,6 +61,7 @@ def extra_bytes(
     names: Sequence[str],
     isas: Sequence[str] = (),
     *,
+    backends: Sequence[str] | None = None,
     seconds: float = 600.0,
 ) -> dict[str, int | Failure]:
     """Peak memory of each contender above inputs and outputs, or why there is none.
@@ -67,14 +69,15 @@ def extra_bytes(
     Args:
         case: "search" or "layer". shape: N, K, D. dtype: of x and codes.
         names: contenders of that case.
-        isas: as `searches` takes them.
+        isas, backends: as `searches` takes them.
         seconds: for all of them together; those that are not done then have none.
     """
     found: dict[str, int | Failure] = {}
     asked = {"case": case, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "isas": list(isas)}
+    asked["backends"] = None if backends is None else list(backends)
     left = list(names)
     while left:
-        command = [sys.executable, __file__, json.dumps(asked | {"names": left})]
+        command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), json.dumps(asked | {"names": left})]
         try:
             # what a peer says on its way is not ours to show
             ran = subprocess.run(
@@ -101,12 +104,13 @@ def extra_bytes(
 
 
 def main() -> None:
-    """Measure the contenders that the one argument names, in that order."""
-    asked = json.loads(sys.argv[1])
+    """Measure the contenders that the last argument names, in that order; a line of JSON on stdout for each."""
+    asked = json.loads(sys.argv[2])
     n, k, d = asked["shape"]
     dtype = getattr(torch, asked["dtype"])
     device = torch.device("cpu")
-    table: list[Contender] = (searches if asked["case"] == "search" else layers)(device, dtype, asked["isas"])
+    listed = searches if asked["case"] == "search" else layers
+    table: list[Contender] = listed(device, dtype, asked["isas"], backends=asked["backends"])
     torch.manual_seed(0)
     x, grad, codes = (torch.randn(rows, d).to(dtype) for rows in (n, n, k))
     for name in asked["names"]:
@@ -119,8 +123,5 @@ def main() -> None:
 
         value = attempt(measure)
         told = {"failed": value.reason} if isinstance(value, Failure) else {"bytes": value}
-        print(json.dumps({"name": name} | told), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        sys.stdout.write(json.dumps({"name": name} | told) + "\n")
+        sys.stdout.flush()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vqkernels as vq
-from vqkernels.testing import brute_force
+from vqkernels.profiling.float64 import brute_force
 
 # rows of each case that are compared with float64 brute force before anything is timed
 CHECKED = 1024
@@ -19,9 +19,15 @@ PLAUSIBLE, REGRET = 0.5, 0.02
 
 
 class Oracle:
-    """Float64 brute force on rows spread over a batch; on a CPU all rows by our reference, held to these."""
+    """Float64 brute force on rows spread over a batch; on a CPU all rows by our reference, held to these.
 
-    def __init__(self, x: Tensor, codes: Tensor):
+    Args:
+        x: (N, D). codes: (K, D).
+        whole: whether a CPU shall find all rows.
+    """
+
+    def __init__(self, x: Tensor, codes: Tensor, *, whole: bool = True):
+        self.whole = whole
         many = CHECKED if x.is_cuda else max(16, min(CHECKED, _PRODUCTS // codes.numel()))
         self.rows = torch.linspace(0, len(x) - 1, min(many, len(x)), device=x.device).long()
         self.all, self.codes = x, codes
@@ -32,7 +38,7 @@ class Oracle:
     @cached_property
     def reference(self) -> Tensor | None:
         """Indices of all rows, where asking for them is cheap."""
-        if self.all.is_cuda:
+        if self.all.is_cuda or not self.whole:
             return None
         found = vq.nearest_code(self.all, self.codes, backend="reference").indices
         if not torch.equal(found[self.rows], self.indices):

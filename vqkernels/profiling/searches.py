@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
-from peers import OURS, Contender, Make, Search, backends
 from torch import Tensor
 
 import vqkernels as vq
+from vqkernels.profiling.peers import OURS, Contender, Make, Search, compiled_backends
 
 
 def chunk_rows(rows: int, codes: int, device: torch.device) -> int:
@@ -65,7 +65,7 @@ def _prepared(backend: str) -> Make:
 
 def _flash(given: bool) -> Make:
     def make(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
-        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton  # pyright: ignore[reportMissingImports]
 
         table = codes[None]
         if not given:
@@ -106,7 +106,7 @@ def _sklearn(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
 def _keops(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
     # it talks of every formula it compiles
     os.environ.setdefault("PYKEOPS_VERBOSE", "0")
-    from pykeops.torch import LazyTensor
+    from pykeops.torch import LazyTensor  # pyright: ignore[reportMissingImports]
 
     def search(x: Tensor) -> Tensor:
         rows, columns = LazyTensor(x[:, None, :]), LazyTensor(codes[None, :, :])
@@ -115,10 +115,26 @@ def _keops(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
     return search
 
 
-def searches(device: torch.device, dtype: torch.dtype, isas: Sequence[str] = ()) -> list[Contender]:
-    """Every search that this machine can run, ours first; on a CPU also ours forced to `isas`."""
+def searches(
+    device: torch.device,
+    dtype: torch.dtype,
+    isas: Sequence[str] = (),
+    *,
+    backends: Sequence[str] | None = None,
+) -> list[Contender]:
+    """Every search that this machine can run, ours first; on a CPU also ours forced to `isas`.
+
+    Args:
+        device, dtype: of x and codes.
+        isas: instruction sets of a CPU that ours are forced to as well.
+        backends: of ours, those that can run here; all compiled ones and, on a CPU, the reference when left out.
+    """
     found: list[Contender] = []
-    for backend in backends("nearest_code", device, dtype):
+    compiled = compiled_backends("nearest_code", device, dtype)
+    for backend in compiled if backends is None else backends:
+        if backend == "reference":
+            # it stands behind the compiled ones
+            continue
         name = f"{OURS} {backend}"
         found.append(Contender(name, _ours(backend), exact=True, captured=True))
         if device.type == "cuda":
@@ -128,6 +144,8 @@ def searches(device: torch.device, dtype: torch.dtype, isas: Sequence[str] = ())
         )
         if backend == "native" and device.type == "cpu":
             found += [Contender(f"{name} {isa}", _ours(backend), exact=True, isa=isa) for isa in isas]
+    if "reference" in (backends or ()) or (backends is None and device.type == "cpu"):
+        found.append(Contender(f"{OURS} reference", _ours("reference"), exact=True))
     whole = 2 * dtype.itemsize
     return found + (_on_gpu(whole) if device.type == "cuda" else _on_cpu(dtype, whole))
 
@@ -147,7 +165,6 @@ def _on_gpu(whole: int) -> list[Contender]:
 
 def _on_cpu(dtype: torch.dtype, whole: int) -> list[Contender]:
     found = [
-        Contender(f"{OURS} reference", _ours("reference"), exact=True),
         Contender("torch.cdist + argmin", _cdist, bytes_per_pair=whole),
         Contender("chunked addmm + argmin", _addmm(False)),
     ]

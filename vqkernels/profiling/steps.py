@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from oracle import Oracle
-from peers import Bound, Contender, Layer
 from torch import Tensor
 
 import vqkernels as vq
 from vqkernels.checks import check_seed
-from vqkernels.testing import family, family_bounds
+from vqkernels.profiling.float64 import family, family_bounds
+from vqkernels.profiling.oracle import Oracle
+from vqkernels.profiling.peers import Bound, Contender, Layer
 
 # rows at either end of a batch whose steps of ours are held to float64
 ROWS = 2048

@@ -95,7 +95,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+def compiled_backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Compiled backends of ours that say they can run an op here."""
     reasons = OPS[op].explain_for(device, (dtype,))
     return [name for name in ("triton", "native") if reasons[name] is None]

@@ -7,12 +7,12 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
-from peers import OURS, Contender, Layer, Make, backends
-from searches import addmm, chunk_rows, compiled_anew
-from steps import NOISE_STD
 from torch import Tensor
 
 import vqkernels as vq
+from vqkernels.profiling.peers import OURS, Contender, Layer, Make, compiled_backends
+from vqkernels.profiling.searches import addmm, chunk_rows, compiled_anew
+from vqkernels.profiling.steps import NOISE_STD
 
 
 def plain_diveq(x: Tensor, codes: Tensor, rows: int) -> Tensor:
@@ -74,11 +74,24 @@ def _diveq(space_filling: bool) -> Make:
     return make
 
 
-def layers(device: torch.device, dtype: torch.dtype, isas: Sequence[str] = ()) -> list[Contender]:
-    """Every layer that this machine can run forward and backward, ours first; on a CPU also ours in `isas`."""
+def layers(
+    device: torch.device,
+    dtype: torch.dtype,
+    isas: Sequence[str] = (),
+    *,
+    backends: Sequence[str] | None = None,
+) -> list[Contender]:
+    """Every layer that this machine can run forward and backward, ours first; on a CPU also ours in `isas`.
+
+    Args:
+        device, dtype: of x and codes.
+        isas: instruction sets of a CPU that ours are forced to as well.
+        backends: of ours, those that can run here; on a CPU what ours choose, on a GPU all compiled ones when left out.
+    """
     found: list[Contender] = []
+    compiled = compiled_backends("directional_backward", device, dtype)
     for function in ("diveq", "sf_diveq"):
-        if device.type == "cpu":
+        if device.type == "cpu" and backends is None:
             found.append(Contender(f"{OURS} {function}", _our_layer(function, None), function=function))
             found += [
                 Contender(
@@ -87,7 +100,7 @@ def layers(device: torch.device, dtype: torch.dtype, isas: Sequence[str] = ()) -
                 for isa in isas
             ]
             continue
-        for backend in backends("directional_backward", device, dtype):
+        for backend in compiled if backends is None else backends:
             name = f"{OURS} {backend} {function}"
             found.append(Contender(name, _our_layer(function, backend), function=function, captured=True))
     if device.type == "cuda":
