@@ -277,3 +277,24 @@ def test_what_residual_refuses(options, error, word):
 def test_neural_codebooks_are_not_adopted():
     with pytest.raises(UnservedOption, match="implicit_neural_codebook"):
         ResidualVQ.adopt(peers.ResidualVQ(**named(implicit_neural_codebook=True)))
+
+
+def test_adopted_stages_start_and_step_as_the_peer_s_would():
+    """k-means waits where the peer's does, stage by stage, and optimizers of codes hold the same tensors."""
+    peer = peers.ResidualVQ(**named(kmeans_init=True, quantize_dropout=True))
+    peer(torch.randn(2, 20, D), rand_quantize_dropout_fixed_seed=1)
+    waiting = [layer for layer in peer.layers if not layer._codebook.initted]
+    assert 0 < len(waiting) < Q
+    face = ResidualVQ.adopt(peer).eval()
+    face(torch.randn(2, 20, D))
+    assert all(layer._codebook.initted and layer._codebook.embed.any() for layer in waiting)
+
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    for shared in (False, True):
+        options = named(learnable_codebook=True, ema_update=False, shared_codebook=shared)
+        peer = peers.ResidualVQ(**options, in_place_codebook_optimizer=optimizer)
+        before = peer.layers[0]._codebook.embed.detach().clone()
+        ResidualVQ.adopt(peer)(torch.randn(ROWS))
+        assert not torch.equal(peer.layers[0]._codebook.embed, before)

@@ -207,3 +207,38 @@ def test_lfq_returns_codes_and_a_finite_loss_of_one_row():
 def test_what_scalar_faces_refuse(make, word):
     with pytest.raises(ValueError, match=rf"^(FSQ|LFQ): {word} must .*; got .*\. .*\.$"):
         make()
+
+
+def test_lfq_looks_at_the_rows_of_all_ranks(monkeypatch):
+    """H of the mean over two ranks, each with the gradient of its own share; the peer halves its own mean instead."""
+    y, codes = torch.randn(9, 1, 4), LFQ(dim=4).codebook
+    theirs = torch.randn(9, 1, 4)
+    rows = torch.cat((y, theirs)).requires_grad_()
+    want = _entropy.entropies(rows, codes, 0.5)[1]
+    (slope,) = torch.autograd.grad(want, rows)
+    other = _entropy._sums(theirs, codes, 0.5)[1] / 9
+    monkeypatch.setattr(_entropy, "distributed", lambda: True)
+    monkeypatch.setattr(_entropy, "all_sum", lambda mean: mean.add_(other))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    y.requires_grad_()
+    got = _entropy.entropies(y, codes, 0.5)[1]
+    (own,) = torch.autograd.grad(got, y)
+    # sums of 18 rows and 16 codes; a wrapper halves the sum of gradients over ranks
+    assert_near(got, want, 18 + 16)
+    assert_near(own / 2, slope[:9], 2 * (18 + 16))
+
+
+@pytest.mark.parametrize("level", [1002, 1003, 4096])
+def test_fsq_of_many_levels_saturates_at_the_last(level):
+    """The margin of a thousand levels reaches a level too many, which would be the next feature's digit."""
+    face = FSQ([level, 3])
+    z, indices = face(torch.tensor([[[-100.0, -100.0], [100.0, -100.0]]]))
+    assert indices.tolist() == [[0, level - 1]] and torch.equal(face.indices_to_codes(indices), z)
+
+
+def test_entropy_of_very_unlikely_codes_is_cut_off_as_in_the_peer():
+    """2^17 codes of one probability: ln 10^5 and not ln 2^17."""
+    y, codes = torch.zeros(1, 1, 17), LFQ(dim=17).codebook
+    for entropy in _entropy.entropies(y, codes, 1.0):
+        # a sum of 2^17 equal numbers, in pairs
+        assert abs(float(entropy) - math.log(1e5)) < 17 * 2**-23 * math.log(1e5) * 4

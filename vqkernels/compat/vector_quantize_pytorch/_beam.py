@@ -1,4 +1,4 @@
-"""Beam search through the stages of a `ResidualVQ`: the sums that come nearest, and not the nearest codes."""
+"""Beam search through the stages of a `ResidualVQ`: the paths with the least sum of losses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def beam_search(stages: Stages, y: Tensor, beam: int, weights: Tensor) -> Found:
     else:
         counted = torch.where(stages.mask[..., None], losses, 0.0)
         mean = counted.sum((0, 1)) / stages.mask.sum().clamp_min(1)
-    residuals = [rows[:, :, 0] for rows in seen]
+    residuals = tuple(rows[:, :, 0] for rows in seen)
     return Found(
         z[:, :, 0], stages.padded(paths[:, :, 0], -1), stages.padded(mean, 0), residuals, searched=True
     )

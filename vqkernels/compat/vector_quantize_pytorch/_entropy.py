@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,18 +30,15 @@ def entropies(y: Tensor, codes: Tensor, inv_temperature: float) -> tuple[Tensor,
         E[H(p_n)] and H(E[p_n]), 0-d, means over codebooks; E of the second is over the rows of all processes.
     """
     step = max(1, _CHUNK // (y.shape[1] * len(codes)))
-    parts = y.split(step) if len(y) > step else (y,)
-    single, total = None, None
-    for part in parts:
-        if len(parts) == 1:
-            entropy, share = _sums(part, codes, inv_temperature)
-        else:
-            found = checkpoint(
-                _sums, part, codes, inv_temperature, use_reentrant=False, preserve_rng_state=False
-            )
-            entropy, share = found
-        single = entropy if single is None else single + entropy
-        total = share if total is None else total + share
+    if len(y) <= step:
+        single, total = _sums(y, codes, inv_temperature)
+    else:
+        single, total = y.new_zeros(()), y.new_zeros(y.shape[1], len(codes))
+        for part in y.split(step):
+            given = part, codes, inv_temperature
+            found = checkpoint(_sums, *given, use_reentrant=False, preserve_rng_state=False)
+            entropy, share = cast("tuple[Tensor, Tensor]", found)
+            single, total = single + entropy, total + share
     mean = total / len(y)
     if distributed():
         # each rank's own with its gradient, the others' as numbers

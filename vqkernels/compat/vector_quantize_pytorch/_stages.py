@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqkernels.compat.vector_quantize_pytorch.vector_quantize import VectorQuantize
+
 
 class Found(NamedTuple):
     """The sum of codes (B, N, D'), indices (B, N, Q), losses, and what the used stages quantized, if kept."""
@@ -16,7 +18,7 @@ class Found(NamedTuple):
     z: Tensor
     indices: Tensor
     losses: Tensor
-    residuals: Sequence[Tensor] = ()
+    residuals: tuple[Tensor, ...] = ()
     searched: bool = False
 
 
@@ -33,7 +35,7 @@ class Stages:
         share: of the gradient that passes from a residual to the stage before.
     """
 
-    layers: nn.ModuleList
+    layers: Sequence[VectorQuantize]
     last: int
     mask: Tensor | None
     temperature: float | None
@@ -68,12 +70,16 @@ class Stages:
             indices.append(index)
             losses.append(loss)
         return Found(
-            z, self.padded(torch.stack(indices, dim=-1), -1), self.padded(torch.stack(losses), 0), residuals
+            z,
+            self.padded(torch.stack(indices, dim=-1), -1),
+            self.padded(torch.stack(losses), 0),
+            tuple(residuals),
         )
 
     def cross_entropy(self, y: Tensor, targets: Tensor) -> Found:
         """The sum over stages of the cross entropy of the targets (B, N, Q), in place of losses."""
-        residual, z, total, residuals = y, torch.zeros_like(y), None, []
+        residual, z, residuals = y, torch.zeros_like(y), []
+        total = y.new_zeros((), dtype=torch.float32)
         for layer, target in zip(self.layers, targets.unbind(-1), strict=True):
             residuals.append(residual)
             quantized, loss = layer(
@@ -85,8 +91,8 @@ class Stages:
             )
             residual = residual - self.passed(quantized)
             z = z + quantized
-            total = loss if total is None else total + loss
-        return Found(z, targets, total, residuals)
+            total = total + loss
+        return Found(z, targets, total, tuple(residuals))
 
     def padded(self, found: Tensor, value: int) -> Tensor:
         """Something per used stage, in the last dimension, with `value` for the others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class FSQ(Face):
             )
 
     @classmethod
-    def options_of(cls, peer: nn.Module) -> dict[str, object]:
+    def options_of(cls, peer: Any) -> dict[str, object]:
         names = (
             "dim num_codebooks keep_num_codebooks_dim scale allowed_dtypes channel_first return_indices "
             "force_quantization_f32 preserve_symmetry noise_dropout bound_hard_clamp orthogonal_rotation"

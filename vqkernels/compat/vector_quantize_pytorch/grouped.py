@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +53,21 @@ class GroupedResidualVQ(Face):
         )
 
     @classmethod
-    def options_of(cls, peer: nn.Module) -> dict[str, object]:
+    def options_of(cls, peer: Any) -> dict[str, object]:
         return ResidualVQ.options_of(peer.rvqs[0]) | {"dim": peer.dim, "groups": peer.groups}
 
-    def carry(self, peer: nn.Module) -> None:
-        for ours, theirs in zip(self.rvqs, peer.rvqs, strict=True):
+    def carry(self, peer: Any) -> None:
+        for ours, theirs in zip(self._groups, peer.rvqs, strict=True):
             ours.carry(theirs)
+
+    @property
+    def _groups(self) -> list[ResidualVQ]:
+        return cast("list[ResidualVQ]", list(self.rvqs))
 
     @property
     def codebooks(self) -> Tensor:
         """(G, Q, K, D')."""
-        return torch.stack(tuple(rvq.codebooks for rvq in self.rvqs))
+        return torch.stack([cast("Tensor", rvq.codebooks) for rvq in self._groups])
 
     @property
     def split_dim(self) -> int:
@@ -72,12 +76,12 @@ class GroupedResidualVQ(Face):
 
     def get_codes_from_indices(self, indices: Sequence[Tensor] | Tensor) -> Tensor:
         """The code of each group and stage: (G, B, ..., q) -> (G, Q, B, ..., D')."""
-        pairs = zip(self.rvqs, indices, strict=True)
+        pairs = zip(self._groups, indices, strict=True)
         return torch.stack(tuple(rvq.get_codes_from_indices(part) for rvq, part in pairs))
 
     def get_output_from_indices(self, indices: Sequence[Tensor] | Tensor) -> Tensor:
         """The output that indices decode to: (G, B, ..., q) -> (B, ..., D), the features last in any case."""
-        pairs = zip(self.rvqs, indices, strict=True)
+        pairs = zip(self._groups, indices, strict=True)
         return torch.cat(tuple(rvq.get_output_from_indices(part) for rvq, part in pairs), dim=-1)
 
     def forward(
@@ -116,7 +120,7 @@ class GroupedResidualVQ(Face):
                 ValueError, name, "indices", f"have {self.groups} groups", len(targets), "Pass all of them"
             )
         # all groups keep as many stages
-        dropout = self.training and self.rvqs[0].quantize_dropout
+        dropout = self.training and self._groups[0].quantize_dropout
         seed = draw_host_seed(x.device) if dropout else None
         parts = [
             rvq(
@@ -129,7 +133,7 @@ class GroupedResidualVQ(Face):
                 rand_quantize_dropout_fixed_seed=seed,
             )
             for rvq, part, target in zip(
-                self.rvqs, x.chunk(self.groups, dim=self.split_dim), targets, strict=True
+                self._groups, x.chunk(self.groups, dim=self.split_dim), targets, strict=True
             )
         ]
         quantized, found, *rest = zip(*parts, strict=True)
@@ -140,6 +144,7 @@ class GroupedResidualVQ(Face):
         return quantized, torch.stack(found), torch.stack(losses), *codes
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
-        parts = zip(self.rvqs, x.chunk(self.groups, dim=self.split_dim), indices, strict=True)
+        parts = zip(self._groups, x.chunk(self.groups, dim=self.split_dim), indices, strict=True)
         found = [rvq.sq_dist_of(part, index) for rvq, part, index in parts]
-        return None if any(part is None for part in found) else torch.stack(found)
+        known = [sq_dist for sq_dist in found if sq_dist is not None]
+        return torch.stack(known) if len(known) == self.groups else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ class LFQ(Face):
         self.register_buffer("codebook", codes, persistent=False)
 
     @classmethod
-    def options_of(cls, peer: nn.Module) -> dict[str, object]:
+    def options_of(cls, peer: Any) -> dict[str, object]:
         names = (
             "dim codebook_size entropy_loss_weight commitment_loss_weight diversity_gamma num_codebooks "
             "keep_num_codebooks_dim codebook_scale frac_per_sample_entropy has_projections soft_clamp_input_value "

@@ -116,7 +116,9 @@ def nearest_few(x: Tensor, codes: Tensor, count: int) -> Tensor:
 def orthogonal(codes: Tensor) -> Tensor:
     """How far codes (G, K, D) are from orthonormal (Shin et al. 2021, eq. 2).
 
-        |U U^T - I|^2 / (G K^2),   U the codes at length 1, 0 for a code of 0
+        |U U^T - I|^2 / (G K^2)
+
+    U are the codes at length 1, and 0 for a code of 0.
     """
     groups, size, _ = codes.shape
     wide = torch.promote_types(codes.dtype, torch.float32)

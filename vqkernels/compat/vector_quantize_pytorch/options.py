@@ -73,7 +73,7 @@ def options_of(peer: nn.Module) -> dict[str, object]:
         "route_gradients_to_input"
     )
     options: dict[str, object] = {name: getattr(peer, name) for name in names.split()}
-    for name in "decay kmeans_iters threshold_ema_dead_code ema_update manual_ema_update".split():
+    for name in ("decay", "kmeans_iters", "threshold_ema_dead_code", "ema_update", "manual_ema_update"):
         options[name] = getattr(book, name)
     options["codebook_dim"] = book.embed.shape[-1]
     options["layernorm_after_project_in"] = isinstance(peer.project_in, nn.Sequential)

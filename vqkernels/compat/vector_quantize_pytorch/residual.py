@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class ResidualVQ(Face):
         self.quantize_dropout = quantize_dropout and self.num_quantizers > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
-        self.vq_is_ema_updating = self.layers[0].ema_update
+        self.vq_is_ema_updating = self._stages[0].ema_update
         self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
         self.beam_size = beam_size
         self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
@@ -166,11 +166,12 @@ class ResidualVQ(Face):
                 refuse(
                     ValueError, "ResidualVQ", "codebook_size", "be one where it is shared", sizes, "Pass one"
                 )
-            for layer in self.layers[1:]:
-                layer._codebook = self.layers[0]._codebook
+            first, *others = self._stages
+            for layer in others:
+                layer._codebook = first._codebook
 
     @classmethod
-    def options_of(cls, peer: nn.Module) -> dict[str, object]:
+    def options_of(cls, peer: Any) -> dict[str, object]:
         if peer.implicit_neural_codebook:
             no_neural_codebook()
         layer = VectorQuantize.options_of(peer.layers[0])
@@ -189,19 +190,23 @@ class ResidualVQ(Face):
             }
         )
 
-    def carry(self, peer: nn.Module) -> None:
-        for ours, theirs in zip(self.layers, peer.layers, strict=True):
+    def carry(self, peer: Any) -> None:
+        for ours, theirs in zip(self._stages, peer.layers, strict=True):
             ours.carry(theirs)
+
+    @property
+    def _stages(self) -> list[VectorQuantize]:
+        return cast("list[VectorQuantize]", list(self.layers))
 
     @property
     def codebook_size(self) -> int:
         """K of the first stage."""
-        return self.layers[0].codebook_size
+        return self._stages[0].codebook_size
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """(Q, K, D'), or a codebook per stage where their sizes differ."""
-        codebooks = tuple(layer._codebook.embed[0] for layer in self.layers)
+        codebooks = tuple(layer._codebook.embed[0] for layer in self._stages)
         return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -230,7 +235,7 @@ class ResidualVQ(Face):
         )
         codes = [
             layer.get_codes_from_indices(index.clamp_min(0)).masked_fill((index < 0)[..., None], 0)
-            for layer, index in zip(self.layers, flat.unbind(-1), strict=True)
+            for layer, index in zip(self._stages, flat.unbind(-1), strict=True)
         ]
         return (
             torch.stack(codes).unflatten(2, places[1:]) if len(places) > 1 else torch.stack(codes).squeeze(2)
@@ -273,7 +278,7 @@ class ResidualVQ(Face):
             mask = mask.reshape(rows.shape[:2])
         last = self._last_stage(indices, rand_quantize_dropout_fixed_seed, x.device)
         freeze = True if freeze_codebook else None
-        stages = Stages(self.layers, last, mask, sample_codebook_temp, freeze, self.quant_grad_frac)
+        stages = Stages(self._stages, last, mask, sample_codebook_temp, freeze, self.quant_grad_frac)
         y = self.project_in(rows)
         if beam_size is None:
             beam_size = self.beam_size if self.training else self.eval_beam_size
@@ -284,7 +289,7 @@ class ResidualVQ(Face):
             found = beam_search(stages, y, beam_size, self.beam_score_weights)
         else:
             found = stages.greedy(y, keep=self.training and self.shared_codebook)
-        frozen = freeze_codebook or self.layers[0].freeze_codebook
+        frozen = freeze_codebook or self._stages[0].freeze_codebook
         if self.training and not frozen and not recomputing():
             self._update(found, mask)
         z = found.z
@@ -318,11 +323,11 @@ class ResidualVQ(Face):
         """What stages leave to the end: statistics of the path that a beam search took, and those of a shared codebook."""
         if found.searched:
             for layer, rows, index in zip(
-                self.layers, found.residuals, found.indices.unbind(-1), strict=False
+                self._stages, found.residuals, found.indices.unbind(-1), strict=False
             ):
                 layer.update_indices(rows, index, mask=mask)
         if self.shared_codebook:
-            first = self.layers[0]
+            first = self._stages[0]
             if self.vq_is_ema_updating:
                 first._codebook.update_ema()
             first.update_in_place_optimizer()
@@ -340,7 +345,7 @@ class ResidualVQ(Face):
             rows = x.flatten(2).mT if self.accept_image_fmap else x if x.dim() > 2 else x[:, None]
             residual = self.project_in(rows)
             flat = indices.reshape(*rows.shape[:2], -1)
-            for layer, index in zip(self.layers, flat.unbind(-1), strict=True):
+            for layer, index in zip(self._stages, flat.unbind(-1), strict=True):
                 dropped, index = index < 0, index.clamp_min(0)
                 sq_dist = layer.sq_dist_of(residual, index)
                 if sq_dist is None:

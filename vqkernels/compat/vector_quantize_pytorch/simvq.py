@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class SimVQ(Face):
         self.commitment_weight = commitment_weight
 
     @classmethod
-    def options_of(cls, peer: nn.Module) -> dict[str, object]:
+    def options_of(cls, peer: Any) -> dict[str, object]:
         frozen_dim = peer.frozen_codebook.shape[1]
         widths = [
             layer.out_features for layer in peer.code_transform.modules() if isinstance(layer, nn.Linear)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqkernels.checks import refuse
-from vqkernels.compat.face import Face, unserved
+from vqkernels.compat.face import unserved
 from vqkernels.compat.vector_quantize_pytorch import losses
 from vqkernels.compat.vector_quantize_pytorch.affine import Affine
 from vqkernels.compat.vector_quantize_pytorch.codebook import Codebook, Weight
-from vqkernels.compat.vector_quantize_pytorch.layout import Heads, Layout, layout_of, mask_of
-from vqkernels.compat.vector_quantize_pytorch.options import check_options, options_of
-from vqkernels.nn._random import all_sum
-from vqkernels.nn.estimators.base import gather, no_loss
+from vqkernels.compat.vector_quantize_pytorch.crossing import Crossing
+from vqkernels.compat.vector_quantize_pytorch.layout import Heads, mask_of
+from vqkernels.compat.vector_quantize_pytorch.options import check_options
+from vqkernels.nn.estimators.base import no_loss
 from vqkernels.nn.quantizers.base import recomputing
-from vqkernels.ops import directional, straight_through
 
 _NAME = "VectorQuantize"
 
@@ -35,15 +31,7 @@ class LossBreakdown(NamedTuple):
     inplace_optimize: Tensor
 
 
-class _Chosen(NamedTuple):
-    """The codes of each row: `indices` (G, ...) for the user, `at` (G, ...) into `table` (M, D), which nothing moves."""
-
-    indices: Tensor
-    table: Tensor
-    at: Tensor
-
-
-class VectorQuantize(Face):
+class VectorQuantize(Crossing):
     """`VectorQuantize` of vector-quantize-pytorch 1.32.0: same keywords, results and state keys, no N x K matrix.
 
         z    = x + sg[c_i - x], or sg[rho R] x (Fifty et al. 2025), or DiVeQ's direction;   i = argmin_j |x - c_j|
@@ -146,7 +134,8 @@ class VectorQuantize(Face):
         self.has_codebook_diversity_loss = codebook_diversity_loss_weight > 0
         self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
         self.codebook_diversity_temperature = codebook_diversity_temperature
-        self.stochastic_sample_codes, self.sample_codebook_temp = stochastic_sample_codes, sample_codebook_temp
+        self.stochastic_sample_codes = stochastic_sample_codes
+        self.sample_codebook_temp = sample_codebook_temp
         self.straight_through, self.rotation_trick = straight_through, rotation_trick
         self.directional_reparam = directional_reparam
         self.directional_reparam_variance = directional_reparam_variance
@@ -190,90 +179,7 @@ class VectorQuantize(Face):
         self.in_place_codebook_optimizer = None if make is None else make(self._codebook.parameters())
         self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
-        # the choice of the last forward under a checkpoint, whose recomputation must find the codes of that time
-        self._kept: _Chosen | None = None
-
-    @classmethod
-    def options_of(cls, peer: nn.Module) -> dict[str, object]:
-        """The keywords that would construct `peer` anew, read from the live module."""
-        return options_of(peer)
-
-    def carry(self, peer: nn.Module) -> None:
-        """Take over the peer's optimizer of the codes."""
-        self.in_place_codebook_optimizer = peer.in_place_codebook_optimizer
-        self._codebook.ask_whether_started()
-
-    @property
-    def ema_update(self) -> bool:
-        """Whether codes follow the moving averages."""
-        return self._codebook.ema_update
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes as they are kept: (K, D), or (H, K, D) of separate heads."""
-        return self._codebook.embed if self.separate_codebook_per_head else self._codebook.embed[0]
-
-    @codebook.setter
-    def codebook(self, codes: Tensor) -> None:
-        with torch.no_grad():
-            self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes[None])
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes that indices stand for, before `project_out`; 0 for a negative index.
-
-        Args:
-            indices: as `forward` returns them, of any leading shape.
-
-        Returns:
-            (..., D'), with the features second where they come first in x; D' of all heads.
-        """
-        table = self._codebook.codes()
-        if self.separate_codebook_per_head and self.heads > 1:
-            indices = self._codebook.flat(indices.movedim(-1, 0)).movedim(0, -1)
-        codes = gather(table.flatten(0, 1), indices)
-        if self.heads > 1:
-            codes = codes.flatten(-2)
-        if self._channel_first:
-            codes = codes.movedim(-1, 1)
-        return codes
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` returns for such indices in evaluation."""
-        codes = self.get_codes_from_indices(indices)
-        if self._channel_first:
-            return self.project_out(codes.movedim(1, -1)).movedim(-1, 1)
-        return self.project_out(codes)
-
-    def update_in_place_optimizer(self) -> None:
-        """Step the optimizer of the codes by their gradients, which are means over ranks, and clear those."""
-        if self.in_place_codebook_optimizer is None:
-            return
-        if self._codebook.use_ddp:
-            for parameter in self._codebook.parameters():
-                if parameter.grad is not None:
-                    all_sum(parameter.grad).div_(torch.distributed.get_world_size())
-        self.in_place_codebook_optimizer.step()
-        self.in_place_codebook_optimizer.zero_grad()
-
-    def expire_codes_(self, x: Tensor) -> None:
-        """Replace dead codes by rows of x (B, N, D), as they are before they are split among heads."""
-        self._codebook.expire_codes_(self._codebook.transform_input(self._heads.split(x)))
-
-    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
-        """Take the statistics of a batch whose indices are known, and move the codes by them.
-
-        Args:
-            x, mask: as of `forward`.
-            indices: as `forward` returns them.
-        """
-        layout = self._layout(x)
-        mask = mask_of(mask, None, x, layout, self.accept_image_fmap or self.accept_3d_fmap)
-        found = self._heads.split_indices(self._rows_of(indices, layout))
-        if mask is not None:
-            found = torch.where(self._heads.split_mask(mask), found, -1)
-        self._codebook.update_codebook(self._inside(layout.rows(x)), found)
-
-    update_ema_indices = update_indices
+        self._kept = self._kept_codes = None
 
     def forward(
         self,
@@ -347,8 +253,8 @@ class VectorQuantize(Face):
         # what follows the k nearest codes is an `update_indices`, which moves codes as well
         written = changes and (optimized or book.moves(ema_update))
         moving = written and topk is None
-        if moving and (indices is not None or self._scores_all):
-            codes = codes.clone()
+        if indices is not None or self._scores_all:
+            codes = self._still(codes, written)
         chosen = self._choose(y, codes, counted, temperature, topk, written)
         every = y if topk is None else y.unsqueeze(-2).expand(*y.shape[:-1], topk, -1)
         routed = self.training and x.requires_grad and self.route_gradients_to_input
@@ -381,177 +287,10 @@ class VectorQuantize(Face):
             + diversity * self.codebook_diversity_loss_weight
             + orthogonal * self.orthogonal_reg_weight
         )
-        if self.training and torch.is_grad_enabled() and not loss.requires_grad:
+        waits = self.training and torch.is_grad_enabled() and not loss.requires_grad
+        # a compiled graph cannot return such a leaf
+        if waits and not torch.compiler.is_compiling():
             loss = loss.detach().requires_grad_()
         if not return_loss_breakdown:
             return quantized, found, loss
         return quantized, found, loss, LossBreakdown(commitment, diversity, orthogonal, in_place)
-
-    def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Squared distances in float64 from rows as they are searched to the codes that indices name."""
-        layout, book = self._layout(x), self._codebook
-        with torch.no_grad():
-            y = self._inside(layout.rows(x)).double()
-            found = book.flat(self._heads.split_indices(self._rows_of(indices, layout)))
-            codes = gather(book.searched(book.codes()).flatten(0, 1), found).double()
-            return layout.indices(self._heads.merge_indices((y - codes).square().sum(-1)))
-
-    def _layout(self, x: Tensor) -> Layout:
-        return layout_of(x, self.channel_last, self.accept_image_fmap, self.accept_3d_fmap)
-
-    @property
-    def _channel_first(self) -> bool:
-        return not self.channel_last or self.accept_image_fmap or self.accept_3d_fmap
-
-    def _inside(self, rows: Tensor) -> Tensor:
-        return self._codebook.transform_input(self._heads.split(self.project_in(rows)))
-
-    def _outside(self, z: Tensor, rows: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
-        quantized = self.project_out(self._heads.merge(z))
-        zeros = self.return_zeros_for_masked_padding
-        # masked rows are 0 already where nothing is projected
-        if mask is not None and not (zeros and not self.has_projections):
-            more = [1] * (quantized.dim() - 2)
-            filler = rows.new_zeros(()) if zeros else rows.unflatten(-1, (*more[1:], -1))
-            quantized = torch.where(mask.view(*mask.shape, *more), quantized, filler)
-        return layout.values(quantized)
-
-    def _rows_of(self, indices: Tensor, layout: Layout) -> Tensor:
-        heads = (self.heads,) if self.heads > 1 else ()
-        return indices.reshape(len(indices), math.prod(layout.spatial), *heads)
-
-    def _few(self, topk: int) -> int:
-        scored = self.commitment_use_cross_entropy_loss or self.in_place_codebook_optimizer is not None
-        if self.heads > 1 or topk < 1 or (self.training and scored):
-            requirement = "be 1 or more, of one head, without cross entropy or in-place optimizer in training"
-            refuse(ValueError, _NAME, "topk", requirement, topk, "Leave it out")
-        return min(int(topk), self.codebook_size)
-
-    @property
-    def _scores_all(self) -> bool:
-        entropy = self.has_commitment_loss and self.commitment_use_cross_entropy_loss
-        return entropy or self.has_codebook_diversity_loss or self.straight_through
-
-    def _targets(self, indices: Tensor | None, layout: Layout, chosen: Tensor) -> Tensor | None:
-        if indices is not None:
-            return self._heads.split_indices(self._rows_of(indices, layout))
-        entropy = self.training and self.has_commitment_loss and self.commitment_use_cross_entropy_loss
-        return chosen if entropy else None
-
-    def _choose(
-        self,
-        y: Tensor,
-        codes: Tensor,
-        mask: Tensor | None,
-        temperature: float,
-        topk: int | None,
-        moving: bool,
-    ) -> _Chosen:
-        """The codes of rows y (G, ..., D); where codes are `moving`, with a table of their own."""
-        kept = self._kept
-        places = y.shape[:-1] if topk is None else (*y.shape[:-1], topk)
-        if kept is not None and recomputing() and kept.indices.shape == places:
-            live = _apart(codes.flatten(0, 1), self._codebook.flat(kept.indices)).table
-            table = kept.table + (live - live.detach()) if live.requires_grad else kept.table
-            return kept._replace(table=table)
-        if topk is not None:
-            indices = losses.nearest_few(y, self._codebook.searched(codes), topk)
-            mask = None if mask is None else mask[..., None]
-        elif self.training and self.stochastic_sample_codes and temperature > 0:
-            indices = losses.sample(y.detach(), codes.detach(), self.use_cosine_sim, temperature)
-        else:
-            indices = self._codebook.nearest(y, codes)
-        if mask is not None:
-            indices = torch.where(mask, indices, -1)
-        table, at = codes.flatten(0, 1), self._codebook.flat(indices)
-        again = moving and _checkpointed()
-        if moving and (again or table.requires_grad or y.requires_grad):
-            chosen = _apart(table, at)._replace(indices=indices)
-        else:
-            chosen = _Chosen(indices, table, at)
-        if not recomputing():
-            self._kept = chosen._replace(table=chosen.table.detach()) if again else None
-        return chosen
-
-    def _cross(
-        self, y: Tensor, chosen: _Chosen, routed: bool, learned: bool, few: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Quantized rows (G, ..., D) and the commitment loss, 0-d, or (G, ..., k) of the k nearest codes."""
-        _, table, at = chosen
-        weigh = self.training and self.has_commitment_loss and not self.commitment_use_cross_entropy_loss
-        commitment = 1.0 if weigh and not few else 0.0
-        # the peer's squared error pulls a row and its code alike
-        code = commitment if learned else 0.0
-        sync = self.sync_update_v if self.training else 0.0
-        loss = no_loss(y)
-        if routed and self.directional_reparam:
-            z = directional(y, table, at, noise_std=self.directional_reparam_variance**0.5)
-            if sync > 0:
-                rows = gather(table, at)
-                z = z + sync * (rows - rows.detach())
-        elif routed or not y.requires_grad:
-            share = sync if routed else 1 + sync
-            z, loss = straight_through(
-                y,
-                table,
-                at,
-                rotation=self.rotation_trick,
-                commitment=commitment,
-                codebook_weight=code,
-                sync=share,
-            )
-        else:
-            z, _ = straight_through(y.detach(), table, at, commitment=0.0, codebook_weight=0.0, sync=1 + sync)
-            if commitment:
-                _, loss = straight_through(y, table, at, commitment=commitment, codebook_weight=code)
-        if code:
-            loss = loss - loss.detach() / 2
-        if few and (weigh or not self.training):
-            rows = gather(table if learned else table.detach(), at)
-            loss = torch.where(at >= 0, (rows - y).square().mean(-1), 0)
-        return z, loss
-
-    def _optimize(self, y: Tensor, mask: Tensor | None, temperature: float, update: partial) -> Tensor:
-        """One step of the codes on their own loss, before the rows choose again."""
-        y, book = y.detach(), self._codebook
-        with torch.enable_grad():
-            chosen = self._choose(y, book.codes(), mask, temperature, None, True)
-            _, loss = straight_through(y, chosen.table, chosen.at, commitment=0.0, codebook_weight=1.0)
-            grads = torch.autograd.grad(loss, book.embed)
-        update(indices=chosen.indices)
-        held = book.embed.grad
-        if self.manual_in_place_optimizer_update:
-            book.embed.grad = grads[0] if held is None else held + grads[0]
-        else:
-            # the gradient of other losses stays as it was
-            book.embed.grad = grads[0]
-            self.update_in_place_optimizer()
-            book.embed.grad = held
-        return loss.detach()
-
-    def _orthogonal(self, indices: Tensor, y: Tensor) -> Tensor:
-        if not (self.training and self.has_codebook_orthogonal_loss):
-            return no_loss(y)
-        codes, most = self._codebook.embed, self.orthogonal_reg_max_codes
-        if self.orthogonal_reg_active_codes_only:
-            codes = codes[:, indices[indices >= 0].unique()]
-        if most is not None and codes.shape[1] > most:
-            codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
-        # a copy: the next forward may move codes before this one's backward
-        return losses.orthogonal(codes.clone())
-
-
-def _apart(table: Tensor, at: Tensor) -> _Chosen:
-    """The codes of rows in a table that later writes to the codes do not reach, the smaller one of two."""
-    if at.numel() >= len(table):
-        return _Chosen(at, table.clone(), at)
-    own = F.embedding(at.flatten().clamp_min(0), table)
-    place = torch.arange(at.numel(), device=at.device).view(at.shape)
-    return _Chosen(at, own, torch.where(at < 0, at, place))
-
-
-def _checkpointed() -> bool:
-    """Whether a backward may run this forward again."""
-    if torch.compiler.is_compiling():
-        return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
