@@ -6,6 +6,9 @@
 # make bench       time the ops beside their peers and all quantizers; writes bench/results, the figures of docs and the tables of README.md and docs
 # make papers      train every row of the papers' tables on photographs; writes bench/results and docs/papers.md
 # make bench-micro time every compiled op alone
+# make wheel       dist/ with the sdist and the wheel made from it; check-wheel runs them where nothing but torch is
+# make wheel-cuda  the same with CUDA bodies, on a machine that needs nvcc but no GPU and no CUDA torch
+# make adoption    train other libraries' models on photographs before and after convert; writes docs/adoption.md
 # make gpu         on a GPU machine: build, test, sanitize and measure there, with its own Python and no network
 
 PYTHON ?= python3
@@ -20,7 +23,7 @@ FORMATTED := vqkernels python_tests bench docs README.md setup.py
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
 
-.PHONY: demo test check check-all sanitize bench papers bench-micro gpu lint format native clean
+.PHONY: demo test check check-all sanitize bench papers adoption bench-micro wheel check-wheel wheel-cuda gpu lint format native clean
 
 demo: $(VENV)/demo
 	$(PY) -m vqkernels demo
@@ -56,9 +59,29 @@ papers: $(VENV)/bench
 	$(PY) bench/papers.py
 	$(PY) bench/family.py docs/quantizers.md docs/papers.md
 
+adoption: $(VENV)/bench
+	$(PIP) scikit-image
+	$(PY) bench/adoption.py
+	$(PY) bench/adoption_report.py docs/adoption.md --figure docs/adoption.png
+
 bench-micro: $(VENV)/bench
 	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=func --benchmark-sort=fullname
+
+# the wheel is made from the sdist, so a file that the sdist lacks is missed here
+wheel: $(VENV)/wheel
+	rm -rf dist
+	VQKERNELS_BUILD=cpu $(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+
+check-wheel: wheel
+	$(PY) python_tests/packed.py dist
+
+wheel-cuda: $(VENV)/test
+	rm -rf dist/cuda
+	VQKERNELS_BUILD=cuda-wheel $(PY) -m build --no-isolation --wheel --outdir dist/cuda
+	$(PY) -m twine check --strict dist/cuda/*
+	$(PY) python_tests/packed_cuda.py dist/cuda
 
 gpu:
 	$(PYTHON) bench/gpu.py
@@ -100,6 +123,10 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	touch $@
+
+$(VENV)/wheel: $(VENV)/torch
+	$(PIP) build twine
 	touch $@
 
 # one by one: a peer that has no wheel here must not keep the others away, and the bench says who is missing

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vqkernels/__init__.py").read_text())[1]
 REASON = ROOT / "vqkernels/native_missing.txt"
 MODE = os.environ.get("VQKERNELS_BUILD", "auto")
+# a wheel for other machines may be made beside a torch for CPUs
+CUDA_MODES = ("cuda", "cuda-wheel")
 
 
 def tool(name: str) -> str | None:
@@ -37,16 +39,27 @@ def why_not() -> str | None:
     compilers = [shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(map(shutil.which, compilers)):
         return f"no C++ compiler was found (tried {', '.join(compilers)})"
-    if MODE == "cuda" and not has_cuda():
-        return "VQKERNELS_BUILD=cuda needs nvcc on PATH and a torch built with CUDA"
+    if MODE in CUDA_MODES and not has_cuda():
+        needs = "nvcc on PATH" if MODE == "cuda-wheel" else "nvcc on PATH and a torch built with CUDA"
+        return f"VQKERNELS_BUILD={MODE} needs {needs}"
     return None
 
 
 def has_cuda() -> bool:
-    """Whether torch has CUDA and nvcc is there; a GPU need not be."""
+    """Whether nvcc is there, and torch has CUDA or need not; a GPU need not be."""
     import torch
 
-    return torch.version.cuda is not None and tool("nvcc") is not None
+    return (MODE == "cuda-wheel" or torch.version.cuda is not None) and tool("nvcc") is not None
+
+
+def cuda_label() -> str:
+    """Sets a wheel of CUDA apart from that of the same version without: +cu130 of nvcc 13.0."""
+    nvcc = tool("nvcc")
+    told = (
+        subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout if nvcc else ""
+    )
+    found = re.search(r"release (\d+)\.(\d+)", told)
+    return f"+cu{found[1]}{found[2]}" if found else "+cuda"
 
 
 def cmake_arguments() -> list[str]:
@@ -55,7 +68,9 @@ def cmake_arguments() -> list[str]:
     import torch
     from torch.utils.cpp_extension import include_paths
 
+    archs = os.environ.get("VQKERNELS_ARCHS")
     return [
+        *([f"-DVQKERNELS_ARCHS={archs}"] if archs else []),
         f"-DVQKERNELS_VERSION={VERSION}",
         f"-DVQKERNELS_CUDA={'ON' if MODE != 'cpu' and has_cuda() else 'OFF'}",
         f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
@@ -69,7 +84,7 @@ def cmake_arguments() -> list[str]:
 
 def skip(reason: str) -> None:
     """Say why the package stays pure, now and when it runs, or stop where the extension was asked for."""
-    if MODE in ("cpu", "cuda"):
+    if MODE in ("cpu", *CUDA_MODES):
         sys.exit(f"vqkernels: the compiled extension cannot be built: {reason}.")
     print(f"vqkernels: the compiled extension is skipped: {reason}.", file=sys.stderr)
     # pip shows no output of a build that succeeds, so the package itself remembers
@@ -100,11 +115,12 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / target.name, target)
 
 
-if MODE not in ("auto", "off", "cpu", "cuda"):
-    sys.exit(f"VQKERNELS_BUILD must be auto, off, cpu or cuda; got {MODE!r}. Unset it for auto.")
+if MODE not in ("auto", "off", "cpu", *CUDA_MODES):
+    sys.exit(f"VQKERNELS_BUILD must be auto, off, cpu, cuda or cuda-wheel; got {MODE!r}. Unset it for auto.")
 REASON.unlink(missing_ok=True)
 reason = "VQKERNELS_BUILD=off" if MODE == "off" else why_not()
 if reason:
     skip(reason)
 native = [] if reason else [Extension("vqkernels._C", sources=[], optional=MODE == "auto")]
-setup(version=VERSION, ext_modules=native, cmdclass={"build_ext": CMakeBuild})
+label = cuda_label() if MODE == "cuda-wheel" and native else ""
+setup(version=VERSION + label, ext_modules=native, cmdclass={"build_ext": CMakeBuild})

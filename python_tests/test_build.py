@@ -160,7 +160,7 @@ def test_forced_build_fails_without_a_compiler(checkout, mode):
 
 def test_unknown_mode(checkout):
     text = run(sys.executable, "setup.py", "--version", cwd=checkout, check=False, VQKERNELS_BUILD="yes")
-    assert "VQKERNELS_BUILD must be auto, off, cpu or cuda; got 'yes'. Unset it for auto." in text
+    assert "VQKERNELS_BUILD must be auto, off, cpu, cuda or cuda-wheel; got 'yes'. Unset it for auto." in text
 
 
 @pytest.mark.slow

@@ -67,9 +67,8 @@ def test_sync_gives_codes_the_share_of_the_tasks_gradient():
     z.backward(upstream)
     expected = torch.zeros(K, D).index_add_(0, indices[0], 0.5 * upstream[0])
     assert torch.equal(x.grad, upstream)
-    assert (quantizer.codebook.grad if quantizer.codebook.is_leaf else quantizer._codebook.embed.grad[0]).sub(
-        expected
-    ).abs().max() <= N * EPS * upstream.abs().max()
+    worst = (quantizer._codebook.embed.grad[0] - expected).abs().max()
+    assert worst <= N * EPS * upstream.abs().max()
 
 
 def test_straight_through_needs_nothing_else():
@@ -123,10 +122,9 @@ def test_kmeans_starts_the_codes_of_the_first_batch(cosine):
     _, _, loss = quantizer(x)
     assert quantizer._codebook.initted and loss < 1e-3
     assert quantizer._codebook.cluster_size.sum().isclose(torch.tensor(float(N * D)))
-    again = VectorQuantize.adopt(quantizer) if hasattr(quantizer._codebook, "gumbel_sample") else quantizer
-    codes = again.codebook.clone()
-    again(x, freeze_codebook=True)
-    assert torch.equal(again.codebook, codes)
+    codes = quantizer.codebook.clone()
+    quantizer(x, freeze_codebook=True)
+    assert torch.equal(quantizer.codebook, codes)
     few, _ = make(kmeans_init=True)
     with pytest.warns(UserWarning, match="3 rows start 16 codes"):
         few(x[:, :3])

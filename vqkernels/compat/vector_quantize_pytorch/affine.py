@@ -30,7 +30,17 @@ class Affine(NamedTuple):
     codebook_decay: float
 
 
-def register(book: nn.Module, groups: int, dim: int) -> None:
+class Kept(nn.Module):
+    """Codes (G, K, D) and the buffers of moments (G, 1, D), those of rows None before the first batch."""
+
+    embed: Tensor
+    batch_mean: Tensor | None
+    batch_variance: Tensor | None
+    codebook_mean: Tensor
+    codebook_variance: Tensor
+
+
+def register(book: Kept, groups: int, dim: int) -> None:
     """Give a codebook the peer's buffers."""
     for name in ("batch_mean", "batch_variance"):
         book.register_buffer(name, None)
@@ -39,7 +49,7 @@ def register(book: nn.Module, groups: int, dim: int) -> None:
         book.register_buffer(name, torch.zeros(groups, 1, dim))
 
 
-def expect(book: nn.Module, state: dict, prefix: str) -> None:
+def expect(book: Kept, state: dict, prefix: str) -> None:
     """Make room for the moments that a state_dict holds."""
     for name in ("batch_mean", "batch_variance"):
         held = state.get(prefix + name)
@@ -48,7 +58,7 @@ def expect(book: nn.Module, state: dict, prefix: str) -> None:
 
 
 @torch.no_grad()
-def learn(book: nn.Module, affine: Affine, x: Tensor, mask: Tensor | None) -> None:
+def learn(book: Kept, affine: Affine, x: Tensor, mask: Tensor | None) -> None:
     """Take the moments of the codes and of rows x (G, ..., D), but those that are masked (G, ...) or not finite."""
     codes = book.embed.float()
     _average(book, "codebook_mean", codes.mean(1, keepdim=True), affine.codebook_decay)
@@ -72,27 +82,27 @@ def learn(book: nn.Module, affine: Affine, x: Tensor, mask: Tensor | None) -> No
     _average(book, "batch_variance", squares / count, affine.batch_decay)
 
 
-def outward(book: nn.Module, codes: Tensor) -> Tensor:
+def outward(book: Kept, codes: Tensor) -> Tensor:
     """Codes (G, K, D) in place of those that are kept, differentiable."""
-    if book.batch_mean is None:
+    if book.batch_mean is None or book.batch_variance is None:
         return codes
-    return (codes.float() - book.codebook_mean) / _ratio(book) + book.batch_mean
+    return (codes.float() - book.codebook_mean) / _ratio(book, book.batch_variance) + book.batch_mean
 
 
-def inward(book: nn.Module, sums: Tensor, counts: Tensor) -> Tensor:
+def inward(book: Kept, sums: Tensor, counts: Tensor) -> Tensor:
     """Sums (G, K, D) of as many rows as `counts` (G, K) says, as sums of rows mapped back to what is kept."""
-    if book.batch_mean is None:
+    if book.batch_mean is None or book.batch_variance is None:
         return sums
     counts = counts[..., None]
-    return (sums - counts * book.batch_mean) * _ratio(book) + counts * book.codebook_mean
+    return (sums - counts * book.batch_mean) * _ratio(book, book.batch_variance) + counts * book.codebook_mean
 
 
-def _ratio(book: nn.Module) -> Tensor:
+def _ratio(book: Kept, variance: Tensor) -> Tensor:
     """Deviation of codes over that of rows."""
-    return (book.codebook_variance.clamp_min(1e-5) / book.batch_variance.clamp_min(1e-5)).sqrt()
+    return (book.codebook_variance.clamp_min(1e-5) / variance.clamp_min(1e-5)).sqrt()
 
 
-def _average(book: nn.Module, name: str, new: Tensor, decay: float) -> None:
+def _average(book: Kept, name: str, new: Tensor, decay: float) -> None:
     old = getattr(book, name)
     if old is None:
         setattr(book, name, new.clone())

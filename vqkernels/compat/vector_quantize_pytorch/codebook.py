@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqkernels.checks import refuse
 from vqkernels.compat.vector_quantize_pytorch import affine as moments
-from vqkernels.compat.vector_quantize_pytorch.affine import Affine
+from vqkernels.compat.vector_quantize_pytorch.affine import Affine, Kept
 from vqkernels.nn._random import all_rows, all_sum, distributed, draw_seed_aside, of_first_rank
 from vqkernels.nn.upkeep.kmeans import kmeans
 from vqkernels.nn.upkeep.recent import usable
@@ -21,7 +21,7 @@ from vqkernels.ops import code_sums, nearest_code, unit_rows
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
 
-class Codebook(nn.Module):
+class Codebook(Kept):
     """Codes (G, K, D) of G heads under the peer's state keys.
 
         h' = decay h + (1 - decay) n,   m' = decay m + (1 - decay) sum x

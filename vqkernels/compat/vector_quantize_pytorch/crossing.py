@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _autograd
 
 from vqkernels.checks import refuse
 from vqkernels.compat.vector_quantize_pytorch import losses
@@ -195,6 +196,4 @@ def _checkpointed() -> bool:
     """Whether a backward may run this forward again."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    )
+    return not torch.is_grad_enabled() or _autograd._top_saved_tensors_default_hooks(False) is not None

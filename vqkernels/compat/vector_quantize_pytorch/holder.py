@@ -38,7 +38,8 @@ class Holder(Face):
 
     def carry(self, peer: nn.Module) -> None:
         """Take over the peer's optimizer of the codes."""
-        self.in_place_codebook_optimizer = peer.in_place_codebook_optimizer
+        optimizer = peer.in_place_codebook_optimizer
+        self.in_place_codebook_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         self._codebook.ask_whether_started()
 
     @property

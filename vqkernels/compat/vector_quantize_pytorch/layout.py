@@ -126,8 +126,10 @@ def mask_of(mask: Tensor | None, lens: Tensor | None, x: Tensor, layout: Layout,
     if layout.single or maps:
         refuse(ValueError, _NAME, name, "come with sequences", f"x {tuple(x.shape)}", "Leave it out")
     batch, length = x.shape[0], layout.spatial[0]
+    if lens is not None:
+        return torch.arange(length, device=lens.device).expand(batch, -1) < lens[:, None]
     if mask is None:
-        mask = torch.arange(length, device=lens.device) < lens[:, None]
+        return None
     if mask.shape != (batch, length) or mask.dtype != torch.bool:
         got = f"{mask.dtype} of shape {tuple(mask.shape)}"
         refuse(ValueError, _NAME, name, f"stand for bools {(batch, length)}", got, "Pass one per position")

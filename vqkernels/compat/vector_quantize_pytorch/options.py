@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from vqkernels.compat.face import unserved
 _NAME = "VectorQuantize"
 
 
-def check_options(face: nn.Module, ema_update: bool, affine: bool) -> None:
+def check_options(face: Any, ema_update: bool, affine: bool) -> None:
     """Refuse options that contradict each other.
 
     Raises:
@@ -53,7 +54,7 @@ def check_options(face: nn.Module, ema_update: bool, affine: bool) -> None:
             refuse(ValueError, _NAME, name, requirement, got, "Change one of the two")
 
 
-def options_of(peer: nn.Module) -> dict[str, object]:
+def options_of(peer: Any) -> dict[str, object]:
     """The keywords that would construct a live peer, or face, anew.
 
     Raises:
