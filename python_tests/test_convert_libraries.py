@@ -189,6 +189,21 @@ def test_usual_rows_differ_where_the_peer_errs():
     assert check.rows == 100_000
 
 
+def test_moments_that_move_in_eval_mode():
+    """The peer's moments follow rows in eval mode too; a face in that state picks the same codes."""
+    model, x = nn.Sequential(library.VectorQuantize(D, K, affine_param=True)), 100 + torch.randn(1, 300, D)
+    report = convert(model, verify=x)
+    assert report.verified and "changes its state in eval mode" in report.checks[0].notes[0]
+
+
+def test_rows_that_are_not_finite():
+    model, x = Model("ema"), rows("ema")
+    model.encoder = nn.Identity()
+    x[0, 3] = torch.nan
+    x[1, 4, 5] = torch.inf
+    assert convert(model, verify=x).verified
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ema", "learnable", "residual", "simvq", "fsq"])
 def test_half_precision(name, dtype):
@@ -196,8 +211,8 @@ def test_half_precision(name, dtype):
     model.encoder, model.decoder = nn.Identity(), nn.Identity()
     codes = {key: value.clone() for key, value in model.state_dict().items()}
     model.quantizer.to(dtype)
-    report = convert(model)
-    assert report.converted
+    report = convert(model, verify=x.to(dtype))
+    assert report.verified, str(report)
     out = model.eval()(x.to(dtype))[0]
     assert out.dtype == dtype and out.isfinite().all()
     assert all(value.dtype in (dtype, codes[key].dtype) for key, value in model.state_dict().items())

@@ -21,7 +21,8 @@ class Check(NamedTuple):
         rows: latents that were quantized.
         differing: rows whose indices differ.
         peer_farther: of these, rows for which the peer's code is farther in float64: the peer errs.
-        ties: of these, rows for which neither is farther than the rounding errors of what is searched.
+        ties: of these, rows for which neither is farther than the rounding errors of what is searched, or of which this
+            cannot be told.
         ours_farther: of these, rows for which our code is farther; a single one is a failure.
         output_difference: the largest |peer - ours| over rows with equal indices.
         output_bound: what it must not exceed: (D + 2) eps max(|x|, |output|), eps of the output's dtype.
@@ -100,15 +101,14 @@ def _without_outputs(check: Check, note: str) -> Check:
 
 def _nearer(check: Check, face: Face, x: Tensor, theirs: Any, ours: Any) -> Check:
     """Outputs that differ on purpose must not be farther from the input, row by row."""
-    (their_output, their_indices), (output, indices) = face.outcome(theirs), face.outcome(ours)
+    (their_output, _), (output, indices) = face.outcome(theirs), face.outcome(ours)
     their, our = ((x.double() - each.double()).square().sum(-1) for each in (their_output, output))  # (N,)
     note = f"{face.nearer} Mean squared distances to the input: {their.mean():.4g} of the peer, {our.mean():.4g} of ours."
     check = _without_outputs(check, note)
-    if face.sq_dist_of(x, indices) is None:
-        # each stage leaves another rest to the next one, so that only the first stages search the same
-        apart = int((their_indices[..., 0] != indices[..., 0]).sum())
-        failures = (f"Indices of the first stage differ on {apart} rows.",) if apart else ()
-        return check._replace(failures=failures)
+    distances = face.sq_dist_of(x, indices)
+    if distances is None or bool(distances.isnan().any()):
+        # each stage leaves another rest to the next one: of single rows, the sum may be farther
+        return check
     drift = math.sqrt(x.shape[-1]) * torch.finfo(output.dtype).eps * max(_largest(x), _largest(output))
     within = (our <= their + 2 * their.sqrt() * drift + drift**2) | their.isnan()
     farther = int((~within).sum())
@@ -118,11 +118,14 @@ def _nearer(check: Check, face: Face, x: Tensor, theirs: Any, ours: Any) -> Chec
 
 def _measured(path: str, face: Face, x: Tensor, theirs: Any, ours: Any) -> Check:
     (their_output, their_indices), (output, indices) = face.outcome(theirs), face.outcome(ours)
+    if their_output.dtype != output.dtype:
+        forms = f"{their_output.dtype} of the peer and {output.dtype} of ours"
+        return Check(path, 1, failures=(f"The output has the dtype {forms}.",))
     magnitude = max(_largest(x), _largest(their_output))
     searched = isinstance(indices, Tensor) and not indices.is_floating_point() and indices.dim() > 0
     if not searched:
         their_indices = indices = torch.zeros(output.shape[:-1], dtype=torch.int64, device=output.device)
-    readings = list(_readings(their_output, output, their_indices, indices))
+    readings = list(_readings(x, their_output, output, their_indices, indices))
     if not readings:
         shapes = f"{tuple(indices.shape)} for outputs of shape {tuple(output.shape)}"
         return Check(path, 1, failures=(f"Indices have the shape {shapes}, which names no rows.",))
@@ -187,11 +190,15 @@ def _judged(
     return int(peers.sum()), int((some.any(-1) & ~ours & ~peers).sum()), int(ours.sum())
 
 
-def _readings(theirs: Tensor, ours: Tensor, their_indices: Tensor, indices: Tensor) -> Iterator[_Reading]:
+def _readings(
+    x: Tensor, theirs: Tensor, ours: Tensor, their_indices: Tensor, indices: Tensor
+) -> Iterator[_Reading]:
     """Every way to see rows in an output: features last or second; groups of indices behind the rows or before."""
     difference = (theirs.double() - ours.double()).abs()
     difference = torch.where((theirs == ours) | (theirs.isnan() & ours.isnan()), 0.0, difference)
     difference = torch.where(difference.isnan(), math.inf, difference)
+    # nothing is near a row that is not finite
+    void = ~x.isfinite() if x.shape == theirs.shape else torch.zeros_like(difference, dtype=torch.bool)
     dims = (-1,) if difference.dim() <= 2 else (-1, 1)
     for dim in dims:
         spread = difference.movedim(dim, -1)
@@ -202,7 +209,12 @@ def _readings(theirs: Tensor, ours: Tensor, their_indices: Tensor, indices: Tens
             arrange = _arrangement(rows, groups)
             if arrange(indices) is None:
                 continue
-            yield _Reading(spread.flatten(0, -2).amax(-1), arrange(their_indices), arrange(indices), arrange)
+            left_out = void.movedim(dim, -1).flatten(0, -2).any(-1)  # (R,)
+            their_rows, our_rows = arrange(their_indices), arrange(indices)
+            their_rows = torch.where(left_out[:, None, None], our_rows, their_rows)
+            yield _Reading(
+                spread.flatten(0, -2).amax(-1).masked_fill(left_out, 0.0), their_rows, our_rows, arrange
+            )
 
 
 def _arrangement(rows: torch.Size, groups: int | None) -> Callable[[Tensor], Any]:
@@ -247,11 +259,8 @@ def _same(a: Any, b: Any) -> bool:
 def _unlike(theirs: Any, ours: Any, where: str) -> Iterator[str]:
     """A sentence for every part of two results that has not the same form."""
     if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
-        if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-            forms = (
-                f"{tuple(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (theirs, ours)
-            )
-            yield f"{where} has the form {' of the peer and '.join(forms)} of ours."
+        if theirs.shape != ours.shape:
+            yield f"{where} has the shape {tuple(theirs.shape)} of the peer and {tuple(ours.shape)} of ours."
     elif isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         if theirs.keys() != ours.keys():
             yield f"{where} has the keys {sorted(theirs)} of the peer and {sorted(ours)} of ours."

@@ -87,7 +87,7 @@ class Face(nn.Module):
                 one searches.
 
         Returns:
-            float64, the shape of `indices`; None where indices come from no search.
+            float64, the shape of `indices`, NaN where it cannot be told; None where indices come from no search.
         """
         return None
 

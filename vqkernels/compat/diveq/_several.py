@@ -261,10 +261,10 @@ class SeveralCurves(Several, SpaceFilling):
         return self._nearest_point(x, codes)
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
-        """As of every face; None where indices are segments, or do not say what the next codebook quantizes."""
+        """As of every face, of `inference`; None where indices are segments, NaN where the stages before do not tell."""
         if self.training:
-            told = self.warming
-        else:
-            # `inference` goes to the curve in the warm-up too
-            told = self.evaluation == "codeword" or self.independent
-        return self._sq_dist_of(x, indices) if told else None
+            return self._sq_dist_of(x, indices) if self.warming else None
+        found = self._sq_dist_of(x, indices)
+        if self.evaluation == "curve" and not self.independent:
+            found[:, 1:] = torch.nan
+        return found

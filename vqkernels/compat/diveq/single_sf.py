@@ -89,8 +89,8 @@ class _SingleCurve(SpaceFilling):
         return z_q, indices, perplexity(self._counts(indices, usable(z.detach())))
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
-        """As of every face, of an evaluation; None in training, whose indices are segments."""
-        if self.training or self.warming:
+        """As of every face, of `inference`; None in training, whose indices are segments."""
+        if self.training:
             return None
         codes = self.codebook.detach().double()[indices]
         return (x.detach().double() - codes).square().sum(-1)
