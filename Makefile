@@ -122,7 +122,7 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	$(PIP) --no-build-isolation --editable ".[train,docs,dev]"
 	touch $@
 
 $(VENV)/wheel: $(VENV)/torch

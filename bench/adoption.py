@@ -22,14 +22,14 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
-import memory
 import records
 import torch
 from strangers import CASES, FACTOR, Autoencoder, Case
-from timing import HostClock, interleaved
 from torch import Tensor
 
-from vqkernels.compat.conversion import convert
+from vqkernels import convert
+from vqkernels.profiling import memory
+from vqkernels.profiling.timing import HostClock, interleaved
 from vqkernels.train.data.images import ImageSet
 from vqkernels.train.data.pictures import Parts, photos
 

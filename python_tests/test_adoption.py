@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vqkernels.profiling import memory
 from vqkernels.train.data.pictures import Parts, Picture
 
 pytest.importorskip("vector_quantize_pytorch")
@@ -15,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import adoption
 import adoption_report
-import memory
 from strangers import CASES
 
 NAMES = ["vq", "diveq"]

@@ -44,7 +44,9 @@ class DiveqFace(Face):
     # fewest codes it can work with
     min_codes: ClassVar[int] = 1
     # the released forward is noisy in eval mode too
-    entries: ClassVar[Mapping[str, str]] = MappingProxyType({"forward": "inference", "inference": "inference"})
+    entries: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"forward": "inference", "inference": "inference"}
+    )
 
     def __init__(
         self,
