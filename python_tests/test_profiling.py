@@ -95,12 +95,39 @@ def test_the_command_prints_a_table_and_writes_numbers_and_pictures(tmp_path, ca
         (["--shapes", "4x0x4"], "bench: shapes must be NxKxD, numbers above 0; got '4x0x4'."),
         (["--seconds", "0"], "bench: seconds must be above 0; got 0.0."),
         (["--peers", "nobody"], "benchmark: peers must be among those known here ("),
+        (["--peers", "none", "faiss"], "bench: peers must be none alone, or parts of names; got none faiss."),
+        (
+            ["--shapes", "99999999999x99999999x9999"],
+            "benchmark: shapes must fit into memory; got 99999999999x99999999x9999, which takes ",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(words, told, tmp_path, capsys):
     assert main(["bench", *words, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {told}") and error.count("\n") == 1
+
+
+def test_files_that_cannot_be_are_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing.HostClock, "floors", None)
+    (tmp_path / "file").touch()
+    tiny = ["bench", "search", "--shapes", "1x1x1"]
+    assert main([*tiny, "--out", str(tmp_path / "file")]) == 2
+    assert "error: bench: out must be a folder that can be written; got " in capsys.readouterr().err
+    assert main([*tiny, "--out", str(tmp_path), "--json", str(tmp_path / "file/x.json")]) == 2
+    told = capsys.readouterr().err
+    assert "error: bench: json must lie in a folder that can be written; got " in told
+    assert told.endswith("Pass another --json.\n")
+    assert main([*tiny, "--out", str(tmp_path), "--json", str(tmp_path)]) == 2
+    assert f"bench: json must be a file; got {tmp_path}, a folder. Pass --json" in capsys.readouterr().err
+
+
+def test_nothing_measured_is_no_success(tmp_path, capsys):
+    words = ["bench", "search", "--shapes", "70x12x5", "--backends", "triton", "--peers", "none"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        assert main([*words, "--out", str(tmp_path)]) == 1
+    assert "vqkernels triton (search): " in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_bench_needs_no_training_package_and_says_what_it_needs(monkeypatch, capsys):

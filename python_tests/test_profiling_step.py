@@ -137,6 +137,25 @@ def test_a_recomputed_forward_counts_as_backward():
     assert searches[0].calls == 2
 
 
+def test_a_trace_that_cannot_be_is_refused_before_any_step(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"profile: trace must be a file; got .*, a folder\. Pass .*trace\.json\."
+    ):
+        profile(broken(), batch(), trace=tmp_path)
+    with pytest.raises(RuntimeError, match=r"profile: trace must lie in a folder.*Pass another trace=\."):
+        profile(broken(), batch(), trace=tmp_path / "file/trace.json")
+
+
+def broken():
+    def fail(x):
+        raise AssertionError("a step was made")
+
+    made = model()
+    made.forward = fail
+    return made
+
+
 def test_a_trace_is_a_whole_file(tmp_path):
     for name in ("new/trace.json", "new/trace.json.gz"):
         path = tmp_path / name

@@ -61,9 +61,14 @@ def bench(
     planned = [(each, shape) for each in cases for shape in given or SHAPES[place.type][each]]
     if not seconds > 0:
         refuse(RunError, "bench", "seconds", "be above 0", seconds, "Pass --seconds 40")
-    open_folder(out)
+    if "none" in peers and len(peers) > 1:
+        refuse(RunError, "bench", "peers", "be none alone, or parts of names", " ".join(peers), "Drop none")
+    open_folder(out, op="bench")
     if json_file is not None:
-        open_folder(json_file.parent, "json")
+        if json_file.is_dir():
+            fix = f"Pass --json {json_file / 'bench.json'}"
+            refuse(RunError, "bench", "json", "be a file", f"{json_file}, a folder", fix)
+        open_folder(json_file.parent, "json", op="bench")
     try:
         made = benchmark(
             planned,
@@ -78,17 +83,17 @@ def bench(
         raise RunError(str(error)) from error
     print(format_table(made))
     if json_file is not None:
-        replace_file(json_file, json.dumps(made.to_dict(), indent=1).encode())
+        replace_file(json_file, json.dumps(made.to_dict(), indent=1).encode(), "json", op="bench")
         print(f"numbers: {json_file}")
     for each in cases:
         if any(found.case == each for found in made.measurements):
             for kind, draw in (("roofline", roofline), ("bars", bars)):
                 path = out / f"{each}-{kind}.png"
-                replace_file(path, draw(made, each))
+                replace_file(path, draw(made, each), op="bench")
                 print(f"{kind}: {path}")
     # a result of ours that was wrong is among those left out
     lost = [each for each in made.skipped if each.name.startswith("vqkernels") and each.failed]
-    return 1 if lost else 0
+    return 1 if lost or not made.measurements else 0
 
 
 def sizes(text: str) -> Shape:

@@ -155,7 +155,7 @@ def benchmark(
         tell: is called with a line of words before each case.
 
     Raises:
-        ValueError: a case, backend or peer is unknown, or a size is below 1.
+        ValueError: a case, backend or peer is unknown, a size is below 1, or a shape does not fit into memory.
     """
     for case, shape in cases:
         check_choice("benchmark", "case", case, CASES)
@@ -166,6 +166,7 @@ def benchmark(
     made = Benchmark(device, dtype, facts=facts(device) | {"peers": versions()})
     began = time.perf_counter()
     clock = clock_of(device) if clock is None else clock
+    _check_room(cases, clock)
     wanted = _wanted(made, cases, backends, peers)
     for number, (case, shape) in enumerate(cases):
         tell(f"{case} N={shape[0]} K={shape[1]} D={shape[2]} {_name(dtype)} on {made.facts['device']}")
@@ -173,6 +174,16 @@ def benchmark(
         share = (seconds - (time.perf_counter() - began)) / (len(cases) - number)
         _Case(made, clock, case, shape, backends, time.perf_counter() + share).run(wanted[case])
     return made
+
+
+def _check_room(cases: Sequence[tuple[str, Shape]], clock: Clock) -> None:
+    free = clock.free_bytes()
+    for _, (n, k, d) in cases:
+        # rows, their gradient, what comes out and the codes, as they are drawn
+        needs = 4 * (3 * n * d + 2 * k * d)
+        if free is not None and needs > free:
+            got = f"{n}x{k}x{d}, which takes {needs / 1e9:.3g} GB of {free / 1e9:.3g} GB free"
+            refuse(ValueError, "benchmark", "shapes", "fit into memory", got, "Pass fewer rows or codes")
 
 
 def _wanted(
@@ -202,7 +213,7 @@ def _wanted(
         )
     for name in peers or ():
         if not any(_named(each, [name]) for each in known):
-            names = ", ".join(dict.fromkeys(known)) or "none"
+            names = "; ".join(dict.fromkeys(known)) or "none"
             fix = "Pass a part of such a name"
             refuse(ValueError, "benchmark", "peers", f"be among those known here ({names})", repr(name), fix)
     case = "both" if len(found) > 1 else next(iter(found), "")

@@ -62,7 +62,8 @@ def profile(
         A report to print, or to turn into JSON with `to_dict()`.
 
     Raises:
-        ValueError: the model cannot be copied, or its loss has no gradient.
+        ValueError: the model cannot be copied, its loss has no gradient, or the trace is a folder.
+        RunError: the folder of the trace cannot be written.
     """
     return _Run(model, batch, loss, optimizer, steps, trace).profile("as it is")
 
@@ -104,7 +105,7 @@ class _Run:
     ):
         check_kind("profile", "model", model, nn.Module, "Pass the model")
         self.steps = check_count("profile", "steps", steps, minimum=1)
-        self.trace = None if trace is None else Path(trace)
+        self.trace = None if trace is None else _writable(Path(trace))
         self.loss = loss or _squares
         self.inner = bare(model)
         self.given, self.batch, self.convert = optimizer, batch, convert
@@ -221,14 +222,25 @@ def write_trace(profiler: torch.profiler.profile, path: Path) -> None:
     Raises:
         RunError: its folder cannot be written.
     """
-    from vqkernels.train.checkpoints.files import open_folder, replace_file
+    from vqkernels.train.checkpoints.files import replace_file
 
-    open_folder(path.parent, "trace")
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(plain))
         content = plain.read_bytes()
-    replace_file(path, gzip.compress(content, 6) if path.suffix == ".gz" else content)
+    replace_file(path, gzip.compress(content, 6) if path.suffix == ".gz" else content, "trace", op="profile")
+
+
+def _writable(path: Path) -> Path:
+    """The path of a trace, before any step is made for it."""
+    from vqkernels.train.checkpoints.files import open_folder
+
+    if path.is_dir():
+        refuse(
+            ValueError, "profile", "trace", "be a file", f"{path}, a folder", f"Pass {path / 'trace.json'}"
+        )
+    open_folder(path.parent, "trace", op="profile")
+    return path
 
 
 class _Phases:

@@ -33,7 +33,9 @@ def write_all(descriptor: int, content: bytes | memoryview) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def replace_file(path: Path, content: bytes | memoryview) -> None:
+def replace_file(
+    path: Path, content: bytes | memoryview, argument: str = "out", *, op: str | None = None
+) -> None:
     """Write a file under a temporary name, flush it to the disk, and give it its name in one step.
 
     At every moment the path holds the old file or the new one, whole, also after a power cut.
@@ -41,6 +43,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     Args:
         path: of the file.
         content: what it shall hold.
+        argument, op: as `refuse_folder` takes them.
 
     Raises:
         RunError: if the folder cannot be written or the disk is full; the temporary file is gone then.
@@ -60,7 +63,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        refuse_folder(path.parent, error)
+        refuse_folder(path.parent, error, argument, op=op)
 
 
 def remove_files(paths: Iterable[Path]) -> None:
@@ -98,12 +101,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def open_folder(folder: Path, argument: str = "out") -> None:
+def open_folder(folder: Path, argument: str = "out", *, op: str | None = None) -> None:
     """Make a folder and try to write in it.
 
     Args:
         folder: to make, with its parents.
-        argument: what named it, for the message.
+        argument, op: as `refuse_folder` takes them.
 
     Raises:
         RunError: if it cannot be made or written.
@@ -113,7 +116,7 @@ def open_folder(folder: Path, argument: str = "out") -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        refuse_folder(folder, error, argument)
+        refuse_folder(folder, error, argument, op=op)
 
 
 @contextmanager
@@ -149,25 +152,29 @@ def only_run(folder: Path) -> Iterator[None]:
             lock.close()
 
 
-def refuse_folder(folder: Path, error: OSError, argument: str = "out") -> NoReturn:
+def refuse_folder(folder: Path, error: OSError, argument: str = "out", *, op: str | None = None) -> NoReturn:
     """Say in one sentence why nothing can be written, and whether that is for want of room.
 
     Args:
         folder: where it was tried.
         error: of the system.
         argument: what named the folder.
+        op: who was asked; train for `out` and evaluate for all others when left out.
 
     Raises:
         RunError: always.
     """
     got = f"{folder} ({error.strerror or error})"
-    op = "train" if argument == "out" else "evaluate"
+    resumes = op is None and argument == "out"
+    # a function takes keywords, a command options
+    another = f"{argument}=" if op == "profile" else f"--{argument}"
+    op = op or ("train" if argument == "out" else "evaluate")
     if error.errno in _FULL:
-        fix = f"Free some space, or pass another --{argument}"
-        if argument == "out":
+        fix = f"Free some space, or pass another {another}"
+        if resumes:
             fix = "Free some space and pass --resume; everything saved before is whole"
         refuse(RunError, op, argument, "lie on a disk with room", got, fix)
     requirement = (
         "be a folder that can be written" if argument == "out" else "lie in a folder that can be written"
     )
-    refuse(RunError, op, argument, requirement, got, f"Pass another --{argument}")
+    refuse(RunError, op, argument, requirement, got, f"Pass another {another}")
