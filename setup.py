@@ -32,7 +32,7 @@ def why_not() -> str | None:
     """What the compiled extension needs and does not find here."""
     for module in ("torch", "pybind11"):
         if find_spec(module) is None:
-            return f"{module} is not installed here (install it, then pip install --no-build-isolation .)"
+            return f"{module} is not installed here (install it, then pip install --no-build-isolation --editable .)"
     for name in ("cmake", "ninja"):
         if tool(name) is None:
             return f"{name} is not installed (pip install {name})"

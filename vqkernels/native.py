@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +18,15 @@ _C: ModuleType | None = None
 def _why_not_built() -> str:
     # left by setup.py, which knows
     reason = Path(__file__).with_name("native_missing.txt")
-    why = (
-        reason.read_text().strip()
-        if reason.exists()
-        else "nothing was compiled here (pip install --no-build-isolation .)"
-    )
-    return f"the extension was not built: {why}"
+    if reason.exists():
+        return f"the extension was not built: {reason.read_text().strip()}"
+    why = "the extension was not built: nothing was compiled here"
+    # python takes the sources in the working directory before what was installed from them
+    hidden = [Path(folder) / "vqkernels" for folder in sys.path]
+    for package in hidden:
+        if any((package / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            return f"{why}, and hides {package}, where it is (run from another folder, or use the command vqkernels)"
+    return f"{why} (pip install --no-build-isolation --editable .)"
 
 
 try:
