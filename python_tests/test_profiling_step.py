@@ -3,7 +3,10 @@
 import copy
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 import types
 
 import pytest
@@ -147,6 +150,67 @@ def test_a_trace_that_cannot_be_is_refused_before_any_step(tmp_path):
         profile(broken(), batch(), trace=tmp_path / "file/trace.json")
 
 
+def test_torchs_profiler_is_quiet():
+    """In a process of its own, where it has not yet said anything."""
+    code = (
+        "import os, torch, vqkernels as v; from vqkernels.nn import build;"
+        "v.profile(build('ste', dim=4, num_codes=8), torch.randn(9, 4), steps=1);"
+        "assert 'KINETO_LOG_LEVEL' not in os.environ"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "USDT" not in ran.stderr and "profiler_start" not in ran.stderr
+
+
+def test_a_quantizer_alone_has_a_backward():
+    """Its latents get a gradient, where a batch from data has none."""
+    told = profile(build("ema", dim=D, num_codes=K).to(DEVICE), batch(), steps=1)
+    assert [each.path for each in told.quantizers] == [""] and told.quantizers[0].backward_ms > 0
+
+
+def test_outputs_are_found_however_they_are_nested():
+    class Nested(Model):
+        def forward(self, x):
+            return {"of": {"parts": [super().forward(x)[0]]}}
+
+    assert profile(Nested(build("ste", dim=D, num_codes=K)).to(DEVICE), batch(), steps=1).share > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "told"),
+    [
+        ({"optimizer": "adam"}, TypeError, "profile: optimizer must be an Optimizer; got str."),
+        (
+            {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)},
+            ValueError,
+            "got SGD of 2 others.",
+        ),
+        ({"loss": "mse"}, TypeError, "profile: loss must be a function; got str."),
+    ],
+)
+def test_what_is_no_optimizer_or_loss_is_refused(words, error, told):
+    with pytest.raises(error) as caught:
+        profile(broken(), batch(), **words)
+    assert told in str(caught.value) and str(caught.value).count("\n") == 0
+
+
+def test_a_model_without_a_gradient_is_refused_in_a_sentence():
+    found = model()
+    found.forward = lambda x: None
+    with pytest.raises(
+        ValueError, match=r"profile: model must return a tensor with a gradient; got NoneType without"
+    ):
+        profile(found, batch(), steps=1)
+
+
+def test_a_quantizer_that_did_not_run_is_told():
+    found = model()
+    found.forward = found.encode.forward
+    assert str(profile(found, batch(), steps=1)).endswith("no quantizer ran in these steps")
+
+
 def broken():
     def fail(x):
         raise AssertionError("a step was made")
@@ -207,7 +271,7 @@ def test_before_and_after_convert():
             lambda output: output,
             "profile: loss must give a 0-d tensor with a gradient; got shape",
         ),
-        (nn.Identity(), None, "got shape () without a gradient"),
+        (nn.Identity(), torch.Tensor.mean, "got shape () without a gradient"),
         (
             nn.Linear(D, D),
             lambda output: 1.0,

@@ -98,7 +98,7 @@ class StepProfile:
             f"training step on {self.device}, {self.title}: {self.step_ms:.3g} ms (forward {self.forward_ms:.3g}, "
             f"backward {self.backward_ms:.3g}, optimizer {self.optimizer_ms:.3g})",
             f"quantizers take {self.share:.1%} of it (of {self.profiled_ms:.3g} ms as the profiler saw it, as below)"
-            + ("" if self.peak_bytes is None else f"; peak memory of a step {self.peak_bytes / 1e6:.1f} MB"),
+            + ("" if self.peak_bytes is None else f"; peak memory of a step {self.peak_bytes / 1e6:.3g} MB"),
         ]
         if not self.quantizers:
             lines.append("no quantizer of vqkernels, or of a library that convert knows, is in this model")
@@ -116,6 +116,8 @@ class StepProfile:
             for each in self.quantizers
         ]
         lines += columns(rows, left=2)
+        if not self.ops:
+            return "\n".join([*lines, "no quantizer ran in these steps"])
         shown = self.ops[:_SHOWN]
         rows = [("op inside quantizers", "calls", "ms", "of step")]
         rows += [(each.op, f"{each.calls:g}", f"{each.ms:.3g}", f"{each.share:.1%}") for each in shown]

@@ -295,6 +295,6 @@ def tensors(value: object) -> Iterable[Tensor]:
     """The tensors in a value, however it is nested."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from tensors(part)

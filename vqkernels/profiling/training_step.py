@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import os
 import statistics
 import tempfile
 import time
@@ -22,13 +23,14 @@ from vqkernels.checks import check_count, check_kind, refuse
 from vqkernels.nn import Quantizer
 from vqkernels.profiling.attribution import PHASE_PREFIX, PHASES, spent
 from vqkernels.profiling.generators import kept_generators
-from vqkernels.profiling.ranges import range_name, ranges
+from vqkernels.profiling.ranges import quantizers_of, range_name, ranges
 from vqkernels.profiling.step_profile import Comparison, StepProfile, profile_of
 from vqkernels.profiling.timing import tensors
 
 Batch = Tensor | tuple | list | dict[str, Any]
 Loss = Callable[[Any], Tensor]
 
+_LOSS = "Pass loss=lambda output: ... that ends in a mean"
 # steps before any is timed: they load, compile, start threads, and make an optimizer's state
 _WARMED = 2
 
@@ -46,7 +48,7 @@ def profile(
 
     The model, its optimizer, all generators and the batch are afterwards as they were before: a deep copy of model and
     optimizer together makes the steps, without the wrapper of DDP or torch.compile. A model in evaluation mode is
-    profiled in training mode.
+    profiled in training mode, and a quantizer that is no part of a model with a gradient of its latents.
 
     Args:
         model: to profile, on its device.
@@ -62,7 +64,8 @@ def profile(
         A report to print, or to turn into JSON with `to_dict()`.
 
     Raises:
-        ValueError: the model cannot be copied, its loss has no gradient, or the trace is a folder.
+        ValueError: the model cannot be copied, its loss has no gradient, the optimizer holds nothing of it, or the trace
+            is a folder.
         RunError: the folder of the trace cannot be written.
     """
     return _Run(model, batch, loss, optimizer, steps, trace).profile("as it is")
@@ -106,14 +109,20 @@ class _Run:
         check_kind("profile", "model", model, nn.Module, "Pass the model")
         self.steps = check_count("profile", "steps", steps, minimum=1)
         self.trace = None if trace is None else _writable(Path(trace))
+        if loss is not None and not callable(loss):
+            refuse(TypeError, "profile", "loss", "be a function", type(loss).__name__, _LOSS)
         self.loss = loss or _squares
         self.inner = bare(model)
+        if optimizer is not None:
+            _check_optimizer(optimizer, self.inner)
         self.given, self.batch, self.convert = optimizer, batch, convert
+        # latents of a quantizer alone get the gradient that an encoder would need
+        self.root = "" in quantizers_of(self.inner)
         place = next(iter([*self.inner.parameters(), *self.inner.buffers()]), None)
         self.device = torch.device("cpu") if place is None else place.device
 
     def profile(self, title: str) -> StepProfile:
-        with kept_generators(self.device):
+        with kept_generators(self.device), _quiet(self.device):
             self._copy()
             step = partial(_step, self.model, self.loss, self.optimizer)
             for _ in range(_WARMED):
@@ -162,7 +171,7 @@ class _Run:
                 module.follow(made)
 
     def _inputs(self) -> tuple[tuple, dict[str, Any]]:
-        batch = _cloned(self.batch)
+        batch = _cloned(self.batch, with_gradient=self.root)
         if isinstance(batch, dict):
             return (), batch
         return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
@@ -201,6 +210,21 @@ class _Run:
         return profiler.events() or []
 
 
+@contextmanager
+def _quiet(device: torch.device) -> Iterator[None]:
+    """Keep torch's profiler from writing to stderr when it starts and stops, where nobody asked for it."""
+    name = "KINETO_LOG_LEVEL"
+    # it reads this at each start; of a GPU it may have something to say
+    if name in os.environ or device.type == "cuda":
+        yield
+        return
+    os.environ[name] = "6"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
 def bare(model: nn.Module) -> nn.Module:
     """A model without the wrappers of DDP and torch.compile."""
     while True:
@@ -229,6 +253,16 @@ def write_trace(profiler: torch.profiler.profile, path: Path) -> None:
         profiler.export_chrome_trace(str(plain))
         content = plain.read_bytes()
     replace_file(path, gzip.compress(content, 6) if path.suffix == ".gz" else content, "trace", op="profile")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    fix = "Pass one that was made of model.parameters(), or leave it out"
+    check_kind("profile", "optimizer", optimizer, torch.optim.Optimizer, fix)
+    own = {id(each) for each in model.parameters()}
+    held = [each for group in optimizer.param_groups for each in group["params"]]
+    if own and not any(id(each) in own for each in held):
+        got = f"{type(optimizer).__name__} of {len(held)} others"
+        refuse(ValueError, "profile", "optimizer", "hold parameters of the model", got, fix)
 
 
 def _writable(path: Path) -> Path:
@@ -277,8 +311,7 @@ def _step(
     if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         got += " without a gradient" if isinstance(value, Tensor) and not value.requires_grad else ""
-        fix = "Pass loss=lambda output: ... that ends in a mean"
-        refuse(ValueError, "profile", "loss", "give a 0-d tensor with a gradient", got, fix)
+        refuse(ValueError, "profile", "loss", "give a 0-d tensor with a gradient", got, _LOSS)
     with phase("backward"):
         value.backward()
     with phase("optimizer"):
@@ -298,21 +331,23 @@ def _squares(output: Any) -> Tensor:
     # of a Quantized, it is one part of the objective
     if isinstance(own, Tensor) and own.dim() == 0 and own.requires_grad and not isinstance(output, tuple):
         return own
-    parts = tuple(output.values()) if isinstance(output, dict) else output
-    squares = [each.float().square().mean() for each in tensors(parts) if each.requires_grad]
-    return torch.stack(squares).sum() if squares else torch.zeros(())
+    squares = [each.float().square().mean() for each in tensors(output) if each.requires_grad]
+    if not squares:
+        fix = "Pass loss=lambda output: ... that ends in a mean, or a model with something to train"
+        got = f"{type(output).__name__} without one"
+        refuse(ValueError, "profile", "model", "return a tensor with a gradient", got, fix)
+    return torch.stack(squares).sum()
 
 
-def _cloned(value: Any) -> Any:
+def _cloned(value: Any, *, with_gradient: bool = False) -> Any:
     """The same batch in tensors of its own, however it is nested."""
+    again = partial(_cloned, with_gradient=with_gradient)
     if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        wanted = value.requires_grad or (with_gradient and value.is_floating_point())
+        return value.detach().clone().requires_grad_(wanted)
     if isinstance(value, dict):
-        return {key: _cloned(part) for key, part in value.items()}
+        return {key: again(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
-        return (
-            type(value)(map(_cloned, value))
-            if not hasattr(value, "_fields")
-            else type(value)(*map(_cloned, value))
-        )
+        parts = map(again, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
