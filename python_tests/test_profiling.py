@@ -1,5 +1,6 @@
 """The bench of the installed package: checked results, a table, numbers as JSON and pictures."""
 
+import dataclasses
 import json
 import time
 
@@ -229,3 +230,12 @@ def test_numbers_survive_json():
     stored = json.loads(json.dumps(found.to_dict()))
     again = Measurement(**(stored["measurements"][1] | {"shape": tuple(stored["measurements"][1]["shape"])}))
     assert again == found.measurements[1]
+
+
+def test_numbers_of_a_table_have_no_exponent():
+    found = made()
+    slow = dataclasses.replace(found.measurements[1], ms=1234.5, ms_min=1001.0, ms_max=20400.0)
+    found.measurements[1] = slow
+    table = format_table(found)
+    # 1234.5 ms beside 1 ms
+    assert "1234" in table and "(1001 to 20400)" in table and "1234.50x" in table and "e+0" not in table

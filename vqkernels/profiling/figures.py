@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vqkernels.profiling.machine import Shape
 from vqkernels.profiling.measuring import Benchmark, Measurement
-from vqkernels.profiling.table import base_ms, rows_of
+from vqkernels.profiling.table import base_ms, number, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,8 +101,8 @@ def _roofs(axis: Axes, made: Benchmark, found: Sequence[Measurement], unit: floa
         lines += axis.plot(
             [low, ridge],
             [low * bandwidth / unit, top / unit],
-            color="black",
-            linewidth=1.8,
+            color="dimgrey",
+            linewidth=2.4,
             label=f"measured copies: {bandwidth / 1e9:.0f} GB/s",
         )
     # their words stand in the legend: a point may lie anywhere below a roof
@@ -143,7 +143,7 @@ def bars(made: Benchmark, case: str) -> bytes:
         most = [row.ms_max - row.ms for row in rows]
         left.barh(places, [row.ms for row in rows], color=colours, xerr=[least, most], ecolor="dimgrey")
         for place, row in zip(places, rows):
-            _tell(left, place, row.ms_max, f"{row.ms:.3g} ms, {row.ms / base:.2g}x")
+            _tell(left, place, row.ms_max, f"{number(row.ms)} ms, {number(row.ms / base)}x")
         left.set_yticks(places, [row.name for row in rows], fontsize=9)
         left.set_xlim(0, 1.38 * max(row.ms_max for row in rows))
         left.set_xlabel("milliseconds, median of interleaved calls (line: least to most)", fontsize=9)
@@ -152,7 +152,7 @@ def bars(made: Benchmark, case: str) -> bytes:
         megabytes = [(row.extra_bytes or 0) / 1e6 for _, row in known]
         right.barh([place for place, _ in known], megabytes, color=[looks[row.name] for _, row in known])
         for (place, _), size in zip(known, megabytes):
-            _tell(right, place, size, f"{size:.3g} MB")
+            _tell(right, place, size, "< 0.1 MB" if size < 0.1 else f"{size:.3g} MB")
         if not known:
             right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center", color="dimgrey")
         right.set_yticks(places, [""] * len(rows))

@@ -104,8 +104,9 @@ def _sklearn(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
 
 
 def _keops(codes: Tensor, inputs: Sequence[Tensor]) -> Search:
-    # it talks of every formula it compiles
-    os.environ.setdefault("PYKEOPS_VERBOSE", "0")
+    # it talks of every formula it compiles; the one variable comes too late for the library under it, which has another
+    for name in ("PYKEOPS_VERBOSE", "KEOPS_VERBOSE"):
+        os.environ.setdefault(name, "0")
     from pykeops.torch import LazyTensor  # pyright: ignore[reportMissingImports]
 
     def search(x: Tensor) -> Tensor:

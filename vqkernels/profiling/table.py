@@ -62,8 +62,8 @@ def _cells(row: Measurement, base: float) -> tuple[str, ...]:
     checked = "within bounds" if row.ours else "plausible"
     return (
         row.name,
-        f"{row.ms:.3g}" if row.ms < 1000 else f"{row.ms:.0f}",
-        f"({row.ms_min:.3g} to {row.ms_max:.3g})",
+        number(row.ms),
+        f"({number(row.ms_min)} to {number(row.ms_max)})",
         f"{row.ms / base:.2f}x",
         f"{row.flops / 1e9:.3g}",
         "-" if row.peak_share is None else f"{100 * row.peak_share:.2g}%",
@@ -71,6 +71,11 @@ def _cells(row: Measurement, base: float) -> tuple[str, ...]:
         "-" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}",
         checked if row.agreement is None else _share(row.agreement, row.agreement_rows or 0),
     )
+
+
+def number(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _share(agreement: float, rows: int) -> str:
