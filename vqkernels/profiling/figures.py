@@ -72,9 +72,7 @@ def roofline(made: Benchmark, case: str) -> bytes:
     axis.set_ylabel(word)
     axis.set_title(f"{_TITLES[case]}, {found[0].dtype}: {_where(made)}", fontsize=10.5, loc="left")
     axis.grid(alpha=0.2, which="major")
-    names = [
-        Line2D([], [], color=colour, marker="s", linestyle="", label=name) for name, colour in looks.items()
-    ]
+    names = [Line2D([], [], color=colour, linewidth=6, label=name) for name, colour in looks.items()]
     marks = [
         Line2D([], [], color="dimgrey", marker=_MARKERS[i % len(_MARKERS)], linestyle="", label=_size(shape))
         for i, shape in enumerate(shapes)

@@ -289,11 +289,11 @@ class _Case:
         # ours are measured, but for a reference that nobody asked for
         asked = contender.ours and ("reference" not in contender.name or self.backends is not None)
         if not asked and self.left() <= 0:
-            return "no time left"
+            return "no time left (more with --seconds)"
         if not asked and not x.is_cuda:
             took = guessed_seconds(self.clock, run, x, least=_LEAST, tries=3)
             if took > _LONGEST * share:
-                return f"a call would take about {took:.1f} s, this shape has {share:.0f} s (--seconds gives more)"
+                return f"a call would take about {took:.1f} s of the {share:.0f} s that this shape has (more with --seconds)"
         return attempt(partial(check, contender, run, x, judge))
 
     def time(self, good: dict[str, Checked]) -> None:
