@@ -103,6 +103,20 @@ def test_cmake_is_the_only_list_of_sources():
         assert not [flag for flag in ("-O3", "-std=", "-march", "-ffp", "-gencode") if flag in text], name
 
 
+def test_the_sdist_is_told_every_file_of_the_root_that_make_needs():
+    """Beside those that setuptools takes by itself."""
+    included = (ROOT / "MANIFEST.in").read_text().split()
+    for name in (
+        "CMakeLists.txt",
+        "Makefile",
+        "mkdocs.yml",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        ".clang-format",
+    ):
+        assert name in included and (ROOT / name).exists(), name
+
+
 def test_no_cuda_source_includes_torch():
     for path in (ROOT / "csrc/cuda").iterdir():
         if path.suffix != ".cpp":

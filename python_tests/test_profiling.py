@@ -239,3 +239,10 @@ def test_numbers_of_a_table_have_no_exponent():
     table = format_table(found)
     # 1234.5 ms beside 1 ms
     assert "1234" in table and "(1001 to 20400)" in table and "1234.50x" in table and "e+0" not in table
+
+
+def test_a_case_gets_time_whatever_those_before_it_took():
+    assert measuring._part(30.0, 0.0, 0, 3) == 10.0
+    assert measuring._part(30.0, 5.0, 1, 3) == 12.5
+    # a loaded machine: both before it have used all
+    assert measuring._part(30.0, 42.0, 2, 3) == 5.0

@@ -171,9 +171,14 @@ def benchmark(
     for number, (case, shape) in enumerate(cases):
         tell(f"{case} N={shape[0]} K={shape[1]} D={shape[2]} {_name(dtype)} on {made.facts['device']}")
         made.floors = made.floors.best(clock.floors(dtype))
-        share = (seconds - (time.perf_counter() - began)) / (len(cases) - number)
+        share = _part(seconds, time.perf_counter() - began, number, len(cases))
         _Case(made, clock, case, shape, backends, time.perf_counter() + share).run(wanted[case])
     return made
+
+
+def _part(seconds: float, spent: float, number: int, count: int) -> float:
+    """Seconds for the next of `count` cases: an equal part of what is left, and half of its own whatever is left."""
+    return max((seconds - spent) / (count - number), seconds / count / 2)
 
 
 def _check_room(cases: Sequence[tuple[str, Shape]], clock: Clock) -> None:
