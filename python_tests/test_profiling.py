@@ -123,6 +123,16 @@ def test_files_that_cannot_be_are_refused_before_anything_is_measured(tmp_path, 
     assert f"bench: json must be a file; got {tmp_path}, a folder. Pass --json" in capsys.readouterr().err
 
 
+def test_an_interrupted_bench_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def interrupted(*words, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqkernels.cli.bench.benchmark", interrupted)
+    assert main(["bench", "--out", str(tmp_path), "--json", str(tmp_path / "found.json")]) == 130
+    assert capsys.readouterr().err == "Stopped by SIGINT: nothing is half-written.\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_measured_is_no_success(tmp_path, capsys):
     words = ["bench", "search", "--shapes", "70x12x5", "--backends", "triton", "--peers", "none"]
     with pytest.MonkeyPatch.context() as patch:

@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, BackendError) as error:
         return refused(str(error))
     except KeyboardInterrupt:
-        return stopped("SIGINT", "nothing is half-written, and a checkpoint that was there is whole")
+        # these make no checkpoints
+        rest = "" if words[:1] in (["bench"], ["info"]) else ", and a checkpoint that was there is whole"
+        return stopped("SIGINT", f"nothing is half-written{rest}")
 
 
 def commands(words: Sequence[str]) -> dict[str, Callable[..., int]]:
