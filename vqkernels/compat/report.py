@@ -129,7 +129,7 @@ class ConversionReport:
             yield ""
             yield f"{name} of vqkernels differs, on purpose:"
             for sentence in sentences:
-                yield from _wrapped(f"- {sentence.removesuffix('.')}.", 2)
+                yield from _wrapped(f"- {sentence}", 2)
         if self.checks:
             yield ""
             yield from _verification(self.checks)

@@ -93,9 +93,8 @@ class VectorQuantizer(_Nearest):
 
     peers = ("taming.modules.vqvae.quantize.VectorQuantizer",)
     differences: ClassVar[tuple[str, ...]] = (
-        "min_encodings is a sparse tensor of the same shape (N, K): it multiplies codes as before, and to_dense() "
-        "makes the matrix.",
-        "The value of z_q is the code itself; taming's is z + (code - z), which rounds.",
+        "The peer returns min_encodings as a dense matrix (N, K); ours is sparse, multiplies codes alike, has to_dense().",
+        "The peer's z_q is z + (code - z), which rounds; ours is the code itself.",
     )
 
     def __init__(self, n_e: int, e_dim: int, beta: float):
@@ -160,9 +159,9 @@ class VectorQuantizer2(_Nearest):
 
     peers = ("taming.modules.vqvae.quantize.VectorQuantizer2",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The value of z_q is the code itself; taming's is z + (code - z), which rounds.",
-        'Places drawn for unknown codes ("random") come from the generator of the device, one for every index.',
-        "`unmap_to_all` leaves its argument as it was; nothing is printed.",
+        "The peer's z_q is z + (code - z), which rounds; ours is the code itself.",
+        'The peer draws places for unknown codes ("random") for those alone; ours one for every index, without waiting.',
+        "The peer's `unmap_to_all` writes into its argument, and remap prints; ours does neither.",
     )
 
     def __init__(
