@@ -1,6 +1,7 @@
 """convert: what it finds, what it swaps, and what it leaves alone; on a toy peer, whatever is installed."""
 
 import copy
+import functools
 import io
 import json
 import pickle
@@ -132,6 +133,25 @@ def reshaped():
     return peer
 
 
+def watched():
+    peer = Peer(8, 32)
+    peer.register_load_state_dict_pre_hook(lambda *_: None)
+    return peer
+
+
+def in_a_tuple():
+    holder = nn.Module()
+    holder.both = (Peer(8, 32), nn.Identity())
+    return holder
+
+
+def called_by_a_method_of_it():
+    holder = nn.Module()
+    holder.quantizer = Peer(8, 32)
+    holder.encode = functools.partial(holder.quantizer.forward)
+    return holder
+
+
 def compiled():
     peer = Peer(8, 32)
     peer.compile(backend="eager")
@@ -147,6 +167,9 @@ def compiled():
         (replaced, "Its method forward was replaced"),
         (grown, "extra on one side only"),
         (reshaped, r"got \(7,\) for \(32,\)"),
+        (watched, "hooks of its state dict"),
+        (in_a_tuple, r"at odd\.both\[0\] would go on with the peer"),
+        (called_by_a_method_of_it, r"at odd\.encode would go on with the peer"),
         (compiled, "compiled by itself"),
         (lambda: torch.compile(Peer(8, 32), backend="eager"), "compiled by itself"),
         (
@@ -165,6 +188,18 @@ def test_left_with_a_reason(make, words):
     assert not any(isinstance(module, ToyFace) for module in model["odd"].modules())
     assert isinstance(model["plain"], ToyFace)
     assert len(report.left) == 1
+
+
+def test_nested_lists_and_scripted_neighbours():
+    model = Model(Peer(8, 32))
+    model.others = [[Peer(8, 32)], {"a": [model.quantizer]}]
+    # a table that holds itself has an end
+    model.others.append(model.others)
+    model.scripted = torch.jit.script(nn.BatchNorm1d(8))
+    report = convert(model, verify=torch.randn(4, 8))
+    assert {type(model.quantizer), type(model.others[0][0])} == {ToyFace} and not report.left
+    assert model.others[1]["a"][0] is model.quantizer and "others[1]['a'][0]" in report.rows[0].path
+    assert model.scripted.training
 
 
 def test_sharded_models_are_refused():

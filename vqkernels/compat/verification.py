@@ -183,8 +183,10 @@ def _same_generators(model: nn.Module) -> Iterator[None]:
 def _same_state(model: nn.Module, inner: set[int]) -> Iterator[None]:
     """Set eval mode, and leave modes, and the buffers of all modules that are not in `inner`, as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    tables = [(module._buffers, dict(module._buffers)) for module, _ in modes if id(module) not in inner]
-    values = {id(b): (b, b.clone()) for _, entries in tables for b in entries.values() if b is not None}
+    # what torch.jit made holds its buffers for itself
+    owners = [m for m, _ in modes if id(m) not in inner and not isinstance(m, torch.jit.ScriptModule)]
+    tables = [(module._buffers, dict(module._buffers)) for module in owners]
+    values = {id(b): (b, b.clone()) for m, _ in modes if id(m) not in inner for b in m.buffers(recurse=False)}
     try:
         for module, _ in modes:
             # the flag alone: modules may do more in train() and eval()
