@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -65,7 +65,7 @@ def refused(module: str) -> str:
     return "\n".join(lines) or "No option is refused."
 
 
-def _unserved(part: ast.AST, constants: dict[str, object]) -> Iterator[tuple[str, str]]:
+def _unserved(part: ast.AST, constants: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """(face, option) of every call of `unserved`; options that only a run knows stand in docstrings."""
     for node in ast.walk(part):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "unserved":

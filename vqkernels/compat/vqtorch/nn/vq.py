@@ -82,7 +82,7 @@ class VectorQuant(Face):
         "The peer replaces unused codes on each rank by its own latents; ours does alike on all ranks.",
         "The peer's inplace_optimizer fails with affine_lr; ours steps with it.",
         "The peer's inplace_optimizer holds no codes of groups and moves nothing; ours steps once per forward on all.",
-        "The peer's inplace_optimizer clears gradients of the codes; ours leaves them alone.",
+        "The peer's inplace_optimizer steps along left-over gradients too and clears them; ours sees and touches its own.",
         "The peer fails at `requires_grad` and `set_requires_grad`; ours serves them.",
     )
     cdist_chunk_size = 1024
