@@ -17,8 +17,8 @@ FORM = re.compile(r"The peer('s)? [^;]+; ours,? [^;]+\.")
 
 
 def is_well_formed(sentence: str) -> bool:
-    """One line of a report: the peer, then ours."""
-    return FORM.fullmatch(sentence) is not None and len(sentence) <= 160 and "  " not in sentence
+    """One line of a report of 100 columns: the peer, then ours."""
+    return FORM.fullmatch(sentence) is not None and len(sentence) <= 98 and "  " not in sentence
 
 
 @pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
@@ -34,7 +34,7 @@ def test_differences_have_one_form(face: type[Face]):
         "The peer rounds; ours does not",
         "Ours does not round.",
         "The peer rounds.",
-        f"The peer {'r' * 160}; ours does not.",
+        f"The peer {'r' * 100}; ours does not.",
         "The peer rounds; ours does not; so there.",
     ],
 )

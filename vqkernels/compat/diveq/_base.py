@@ -19,9 +19,9 @@ from vqkernels.nn.quantizers.base import recomputing
 
 # of every face here, in the words of a report
 ALWAYS = (
-    "The peer names noise_var a variance and uses it as a standard deviation; ours uses it so and says so.",
-    "The peer draws noise, counts and advances in eval mode; ours is deterministic there and changes nothing.",
-    "The peer returns perplexity as a float; ours is one on the CPU, a 0-d tensor on GPUs and in compiled code.",
+    "The peer calls noise_var a variance and uses it as a standard deviation; ours uses it so too.",
+    "The peer draws noise and counts in eval mode; ours is deterministic there and changes nothing.",
+    "The peer's perplexity is a float; ours is one on the CPU, and a 0-d tensor on GPUs and compiled.",
     "The peer makes matrices of rows x codes; ours makes none.",
 )
 

@@ -19,8 +19,8 @@ _LOGGER = logging.getLogger(__name__)
 
 DIFFERENCES = (
     "The peer counts iterations that use a code; ours counts its rows, of all ranks (paper, B.1).",
-    "The peer replaces codes used in few iterations; ours, those below discard_threshold of the mean use.",
-    "The peer moves replaced codes by perturb_eps; ours by 1e-3 of their size if more: 1e-9 is lost in float32.",
+    "The peer replaces codes used in few iterations; ours, those far below the mean use.",
+    "The peer moves replaced codes by perturb_eps, lost in float32; ours by 1e-3 of their size or more.",
     "The peer replaces codes on each rank by itself; ours does alike on all.",
     "The peer prints what verbose asks for; ours logs it to vqkernels.compat.diveq at level INFO.",
 )

@@ -20,10 +20,10 @@ from vqkernels.ops import nearest_code, nearest_segment
 DIFFERENCES = (
     "The peer has inference search two segments beside the nearest code; ours, all: outputs are nearer.",
     "The peer has inference return NaN where codes coincide or K is 2; ours returns the nearest point.",
-    "The peer returns points that indices do not decode to; ours too, and codes with evaluation = 'codeword'.",
+    "The peer returns points that no index decodes to; ours too, or codes: evaluation = 'codeword'.",
     "The peer keeps all latents of a warm-up for ever; ours keeps sums and frees them.",
-    "The peer starts at NaN with fewer latents than codes; ours spreads codes along the line of those seen.",
-    "The peer starts codes on each rank by itself; ours starts from the latents of all ranks, alike on all.",
+    "The peer starts at NaN with fewer latents than codes; ours spreads codes along those seen.",
+    "The peer starts codes on each rank by itself; ours from the latents of all ranks, alike on all.",
 )
 
 

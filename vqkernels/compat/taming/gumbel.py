@@ -47,8 +47,8 @@ class GumbelQuantize(Remapped):
 
     peers = ("taming.modules.vqvae.quantize.GumbelQuantize",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The peer draws noise in evaluation; ours takes the largest logits, the same indices for the same input.",
-        "The peer draws the noise of training by torch's generator; ours by a seed of it, again in the backward pass.",
+        "The peer draws noise in evaluation; ours takes the largest logits.",
+        "The peer keeps the noise of training; ours draws it from a seed, again in the backward pass.",
         "The peer adds 1e-10 inside the logarithm of KL; ours takes log_softmax.",
         "The peer's `unmap_to_all` writes into its argument, and remap prints; ours does neither.",
     )

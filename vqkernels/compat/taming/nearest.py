@@ -104,7 +104,7 @@ class VectorQuantizer(_Nearest):
 
     peers = ("taming.modules.vqvae.quantize.VectorQuantizer",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The peer returns min_encodings as a dense matrix (N, K); ours is sparse, multiplies codes alike, has to_dense().",
+        "The peer's min_encodings is a matrix (N, K); ours is sparse, multiplies alike, has to_dense().",
         "The peer's z_q is z + (code - z), which rounds; ours is the code itself.",
     )
 
@@ -171,7 +171,7 @@ class VectorQuantizer2(_Nearest):
     peers = ("taming.modules.vqvae.quantize.VectorQuantizer2",)
     differences: ClassVar[tuple[str, ...]] = (
         "The peer's z_q is z + (code - z), which rounds; ours is the code itself.",
-        'The peer draws places for unknown codes ("random") for those alone; ours one for every index, without waiting.',
+        'The peer draws places ("random") for unknown codes alone; ours for every index, waiting for none.',
         "The peer's `unmap_to_all` writes into its argument, and remap prints; ours does neither.",
     )
 

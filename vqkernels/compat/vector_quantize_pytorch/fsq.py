@@ -47,8 +47,8 @@ class FSQ(Face):
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.finite_scalar_quantization.FSQ",)
     differences: ClassVar[tuple[str, ...]] = (
         "The peer adds rounding errors of its way to a gradient; ours returns the grid point itself.",
-        "The peer's codes_to_indices leaves codes of a rotated grid turned; ours turns them back: it inverts indices_to_codes.",
-        "The peer counts indices in float32, which ends at 2^24 codes; ours in integers, and no level too many is reached.",
+        "The peer's codes_to_indices leaves codes of a rotated grid turned; ours turns them back.",
+        "The peer counts indices in float32, which ends at 2^24, and levels overflow; ours in integers.",
     )
 
     _levels: Tensor

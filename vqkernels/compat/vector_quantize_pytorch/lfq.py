@@ -88,8 +88,8 @@ class LFQ(Face):
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.lookup_free_quantization.LFQ",)
     differences: ClassVar[tuple[str, ...]] = (
         "The peer adds rounding errors of its way to a gradient; ours returns the code itself.",
-        "The peer drops the sum over ranks and divides, for the entropy of the mean; ours takes the mean over ranks.",
-        "The peer takes the diversity of each row alone where rows are masked, (B, N); ours that of the mean over rows.",
+        "The peer's mean over ranks, for its entropy, drops the sum; ours is the mean.",
+        "The peer takes each row's diversity with a mask of rows, (B, N); ours that of the mean over rows.",
         "The peer's share of the rows may be none, and its loss then no number; ours is at least one row.",
     )
 

@@ -71,13 +71,13 @@ class ResidualVQ(Face):
 
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.residual_vq.ResidualVQ",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The peer's diveq=True is noisy in eval mode; ours is not: the output is what the indices decode to.",
+        "The peer's diveq=True is noisy in eval mode; ours returns what the indices decode to.",
         "The peer's accept_image_fmap needs D = H = W; ours takes images of any size.",
         "The peer raises at indices=; ours gives the cross entropy of each stage on its own residual.",
-        "The peer forgets freeze_codebook=True of construction in forward; ours holds it, after a beam search too.",
-        "The peer hands out residuals by beam after a beam search; ours has each stage learn from those of the path taken.",
+        "The peer forgets freeze_codebook=True of construction; ours holds it, after a beam search too.",
+        "The peer teaches stages residuals of every beam; ours those of the path taken.",
         "The peer replaces dead codes of a shared codebook by masked rows at times; ours never does.",
-        "The peer's get_codes_from_indices leaves an affine codebook's map out; ours gives what forward looked up.",
+        "The peer's get_codes_from_indices leaves the affine map out; ours gives what forward looked up.",
         "The peer's layers of a ResidualVQ for images take images; ours take rows, (B, N, D).",
     )
 

@@ -37,7 +37,7 @@ class SimVQ(Face):
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.sim_vq.SimVQ",)
     differences: ClassVar[tuple[str, ...]] = (
         "The peer adds rounding errors of its way to a gradient; ours returns the code itself.",
-        "The peer's indices_to_codes transforms the chosen rows alone; ours the whole basis, as forward does.",
+        "The peer's indices_to_codes transforms chosen rows alone; ours the whole basis, as forward does.",
         "The peer rounds distances; ours finds the nearest code exactly, whatever the dtype.",
     )
 

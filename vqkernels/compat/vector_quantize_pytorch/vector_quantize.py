@@ -50,22 +50,22 @@ class VectorQuantize(Crossing):
 
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The peer rounds distances and so misses the nearest code at times; ours decides in float64, the lowest index on ties.",
+        "The peer rounds distances; ours finds the nearest code in float64, the lowest index on ties.",
         "The peer refuses straight_through=True unless rotation_trick=False; ours takes it alone.",
         "The peer refuses directional_reparam without replacement of dead codes; ours takes it.",
-        "The peer's sync_update_v gives codes no gradient; ours, their share of the task's (Huh et al. 2023, eq. 21).",
+        "The peer's sync_update_v gives codes no gradient; ours, their share of the task's (Huh, eq. 21).",
         "The peer's affine moments move in evaluation and while frozen; ours stand still.",
-        "The peer's affine moments do not load, and decoded codes lack them; ours load, and reach decoded codes.",
-        "The peer decides sync_codebook at construction; ours in each forward, so that a process group may come later.",
+        "The peer's affine moments do not load, and decoding lacks them; ours load, and reach it.",
+        "The peer decides sync_codebook at construction; ours in each forward.",
         "The peer lets gradients reach codes that are frozen in a training forward; ours does not.",
-        "The peer's loss of a masked batch skips projections, heads and cosine; ours compares what is quantized.",
-        "The peer leaves quantize beside a cross entropy in its inner layout; ours has that of x, and its projection out.",
-        "The peer's in_place_codebook_optimizer sees foreign gradients and fires hooks of a wrapper; ours, its own loss alone.",
-        "The peer takes cross entropies and the diversity loss at updated codes; ours at those before the update.",
+        "The peer's loss of masked batches sees x before projection and heads; ours what is quantized.",
+        "The peer leaves quantize beside a cross entropy in its inner layout; ours has that of x.",
+        "The peer's in_place_codebook_optimizer sees foreign gradients and fires hooks; ours does neither.",
+        "The peer takes cross entropies and diversity at updated codes; ours at those before the update.",
         "The peer's orthogonal loss rewards codes of 0; ours does not.",
-        "The peer decodes shared heads otherwise than it quantizes; ours merges them, and project_out sees features last.",
-        "The peer starts k-means at random rows and draws by torch; ours by k-means++, and by its own generator.",
-        "The peer lets a row with a NaN or Inf into losses and codes; ours leaves it out, and masked rows too.",
+        "The peer decodes shared heads otherwise than it quantizes; ours merges and projects them alike.",
+        "The peer starts k-means at random rows; ours by k-means++, and draws by its own generator.",
+        "The peer lets rows with a NaN or Inf into losses and codes; ours leaves them out, and masked ones.",
     )
 
     def __init__(

@@ -34,7 +34,7 @@ class GroupVectorQuant(VectorQuant):
     peers = ("vqtorch.nn.gvq.GroupVectorQuant",)
     differences = (
         *VectorQuant.differences,
-        "The peer's `get_codebook` shows other codes than forward uses, with share=False and affine_groups > 1; ours the same.",
+        "The peer's `get_codebook` errs with share=False and affine_groups > 1; ours is as forward has it.",
     )
 
     def __init__(

@@ -38,7 +38,7 @@ class ResidualVectorQuant(GroupVectorQuant):
     peers = ("vqtorch.nn.rvq.ResidualVectorQuant",)
     differences = (
         *GroupVectorQuant.differences,
-        "The peer's kmeans_init starts codes on residuals of random codes; ours on those of the started codes before.",
+        "The peer's kmeans_init sees residuals of random codes; ours those of started codes.",
         "The peer asks share=False for groups that divide the features; ours takes any number.",
     )
 

@@ -76,13 +76,13 @@ class VectorQuant(Face):
     peers = ("vqtorch.nn.vq.VectorQuant",)
     differences = (
         "The peer searches in float16 on CUDA; ours searches exactly everywhere.",
-        "The peer runs kmeans_init after the first training forward; ours before it, so that it quantizes with those codes.",
-        "The peer needs torchpq for kmeans_init, and has fewer codes where rows are few; ours needs nothing and has all.",
-        "The peer replaces unused codes by input latents; ours by latents that the codebook searched, behind its affine map.",
+        "The peer runs kmeans_init after the first training forward; ours before it quantizes.",
+        "The peer's kmeans_init needs torchpq, and has fewer codes where rows are few; ours has all.",
+        "The peer replaces codes by input latents; ours by those that were searched, behind the affine map.",
         "The peer replaces unused codes on each rank by its own latents; ours does alike on all ranks.",
         "The peer's inplace_optimizer fails with affine_lr; ours steps with it.",
-        "The peer's inplace_optimizer holds no codes of groups and moves nothing; ours steps once per forward on all.",
-        "The peer's inplace_optimizer steps along left-over gradients too and clears them; ours sees and touches its own.",
+        "The peer's inplace_optimizer moves nothing in groups; ours steps once per forward.",
+        "The peer's inplace_optimizer steps along left-over gradients and clears them; ours leaves them.",
         "The peer fails at `requires_grad` and `set_requires_grad`; ours serves them.",
     )
     cdist_chunk_size = 1024
