@@ -357,7 +357,10 @@ def test_the_report_is_plain():
     text = str(convert(model))
     assert max(map(len, text.splitlines())) <= 100
     assert "Quantizers: 1 converted, 1 left as they are." in text and "beta=1.0" in text
-    assert "- Codes are counted in training alone." in text
+    assert "Peer: what vqkernels does otherwise" in text and "- Codes are counted in training alone." in text
+    # what two classes share is said once
+    both = str(convert(nn.ModuleList([Peer(8, 32), Other(8, 32)])))
+    assert "Peer, Other: what" in both and both.count("- Codes are counted") == 1
     report = convert(Model(Peer(8, 32)), verify=torch.randn(4, 8))
     found = json.loads(json.dumps(report.to_dict()))
     assert found["verified"] is True and found["rows"][0]["options"] == {"dim": 8, "codes": 32}

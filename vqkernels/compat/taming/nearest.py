@@ -80,7 +80,7 @@ class _Nearest(Remapped):
                 else sq_dist.new_tensor(torch.inf)
             )
             unknown = torch.where(chosen < len(self.used), torch.minimum(sq_dist, rest), rest)
-            sq_dist = torch.where(chosen == self.unknown_index, unknown, sq_dist)
+            sq_dist = torch.where(chosen.eq(int(self.unknown_index)), unknown, sq_dist)
         return sq_dist.view(indices.shape)
 
 
