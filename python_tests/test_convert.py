@@ -190,18 +190,6 @@ def test_left_with_a_reason(make, words):
     assert len(report.left) == 1
 
 
-def test_nested_lists_and_scripted_neighbours():
-    model = Model(Peer(8, 32))
-    model.others = [[Peer(8, 32)], {"a": [model.quantizer]}]
-    # a table that holds itself has an end
-    model.others.append(model.others)
-    model.scripted = torch.jit.script(nn.BatchNorm1d(8))
-    report = convert(model, verify=torch.randn(4, 8))
-    assert {type(model.quantizer), type(model.others[0][0])} == {ToyFace} and not report.left
-    assert model.others[1]["a"][0] is model.quantizer and "others[1]['a'][0]" in report.rows[0].path
-    assert model.scripted.training
-
-
 def test_sharded_models_are_refused():
     class FSDPModule(nn.Sequential):
         pass

@@ -150,17 +150,19 @@ def _inside(path: str, module: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
     for key, value in vars(module).items():
         if key == "_modules":
             continue
-        yield from _peers_alone(Place(f"{prefix}{key}", vars(module), key), value)
+        yield from _held_aside(Place(f"{prefix}{key}", vars(module), key), value, module)
 
 
-def _peers_alone(place: Place, value: object, depth: int = 3) -> Iterator[tuple[Place, nn.Module]]:
-    """A plain attribute counts if it is a quantizer: of others, it may be the way up to the whole."""
+def _held_aside(
+    place: Place, value: object, holder: nn.Module, depth: int = 3
+) -> Iterator[tuple[Place, nn.Module]]:
+    """Modules of a plain attribute, but for those that hold its own module: these are the way up to the whole."""
     if isinstance(value, nn.Module):
-        if recognize(value) is not None:
+        if not any(one is holder for one in value.modules()):
             yield place, value
     elif isinstance(value, (list, dict)) and depth:
         for inner, one in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            yield from _peers_alone(Place(f"{place.path}[{inner!r}]", value, inner), one, depth - 1)
+            yield from _held_aside(Place(f"{place.path}[{inner!r}]", value, inner), one, holder, depth - 1)
 
 
 def _fixed(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
