@@ -19,6 +19,24 @@ def test_nested_lists_and_scripted_neighbours():
     assert model.scripted.training
 
 
+class Aside(nn.Module):
+    """A module that only a list holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [nn.Sequential(nn.BatchNorm1d(8), Peer(8, 32))]
+
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+def test_verification_leaves_what_a_list_holds():
+    model = Aside()
+    norm = model.blocks[0][0]
+    assert convert(model, verify=torch.randn(9, 8)).verified
+    assert norm.training and norm.num_batches_tracked == 0
+
+
 def test_what_a_plain_attribute_holds():
     whole = nn.ModuleDict({"model": Model(Peer(8, 32)), "other": Peer(8, 32)})
     model = whole["model"]

@@ -86,7 +86,8 @@ def convert(
     for peer in _find(roots):
         row, face = _prepare(peer, "convertible" if dry_run else "converted")
         rows.append(row)
-        pairs.append(Pair(peer.module, face, tuple(peer.places)))
+        around = {id(one): one for path in peer.around for one in path}
+        pairs.append(Pair(peer.module, face, tuple(peer.places), tuple(around.values())))
     report = ConversionReport(tuple(rows), (), roots, tuple(pairs))
     if strict and report.left:
         got = "; ".join(f"{row.path}: {row.reason}".rstrip(".") for row in report.left)
