@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -65,7 +65,7 @@ def refused(module: str) -> str:
     return "\n".join(lines) or "No option is refused."
 
 
-def _unserved(part: ast.AST, constants: dict[str, object]) -> Iterator[tuple[str, str]]:
+def _unserved(part: ast.AST, constants: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """(face, option) of every call of `unserved`; options that only a run knows stand in docstrings."""
     for node in ast.walk(part):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "unserved":
@@ -106,12 +106,5 @@ def differences(module: str) -> str:
     parts = []
     for heads, sentences in sorted(groups.items(), key=lambda group: -len(group[0])):
         head = "All of them" if len(heads) == len(faces) > 1 else ", ".join(f"`{name}`" for name in heads)
-        parts.append("\n".join([f"**{head}**", "", *(f"- {_sentence(each)}" for each in sentences)]))
+        parts.append("\n".join([f"**{head}**", "", *(f"- {each}" for each in sentences)]))
     return "\n\n".join(parts) or "Nothing that we know of."
-
-
-def _sentence(words: str) -> str:
-    """With a capital, but where it begins with the name of an option, and a full stop."""
-    first = words.split()[0]
-    words = words[:1].upper() + words[1:] if first.isalpha() else words
-    return words if words.endswith(".") else f"{words}."

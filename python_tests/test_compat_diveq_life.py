@@ -129,6 +129,23 @@ def test_the_counter_follows_what_is_loaded():
     assert other.iteration == copy.deepcopy(face).iteration == face.double().iteration == 4
     face.iter_counter = torch.full((1,), 7, dtype=torch.int32)
     assert face.iteration == 7
+    face.iter_counter.zero_()
+    assert face.iteration == 0 and face.warming
+
+
+@torch.no_grad()
+def test_compiled_code_does_not_count_in_its_constants():
+    face = make("DIVEQ", replacement_iters=5)
+    compiled, x = torch.compile(face, backend="eager"), torch.randn(16, D)
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for _ in range(12):
+            _, _, perplexity = compiled(x)
+    assert int(face.iter_counter) == 12 and int(face.codebook_usage.sum()) == 2 * len(x)
+    # which it would have to leave its graph for
+    assert isinstance(perplexity, torch.Tensor) and 1 <= perplexity <= K
+    face(x)
+    assert face.iteration == 13
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["SFDIVEQ", "SFDIVEQDetach"])

@@ -133,7 +133,13 @@ def test_indices_become_places_among_the_used_codes(tmp_path, unknown, sane):
     assert torch.equal(rows[known], want[known])
     if unknown == "extra":
         assert (rows[~known] == face.embedding.weight[3]).all()
-    assert face.sq_dist_of(z, places) is None
+    distance = face.sq_dist_of(z, places).flatten()
+    least = (z.movedim(1, -1)[..., None, :] - face.embedding.weight).square().sum(-1).amin(-1).flatten()
+    # a place that was drawn for an unknown code says nothing of that code
+    told = known if unknown == "random" else torch.ones_like(known)
+    torch.testing.assert_close(distance[told], least[told], rtol=0, atol=100 * D * EPS)
+    other = face.sq_dist_of(z, (places + 1) % 5).flatten()
+    assert (other[known] > least[known]).all()
 
 
 def drawn(face, z, noise, hard):

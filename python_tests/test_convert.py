@@ -1,6 +1,7 @@
 """convert: what it finds, what it swaps, and what it leaves alone; on a toy peer, whatever is installed."""
 
 import copy
+import functools
 import io
 import json
 import pickle
@@ -132,6 +133,25 @@ def reshaped():
     return peer
 
 
+def watched():
+    peer = Peer(8, 32)
+    peer.register_load_state_dict_pre_hook(lambda *_: None)
+    return peer
+
+
+def in_a_tuple():
+    holder = nn.Module()
+    holder.both = (Peer(8, 32), nn.Identity())
+    return holder
+
+
+def called_by_a_method_of_it():
+    holder = nn.Module()
+    holder.quantizer = Peer(8, 32)
+    holder.encode = functools.partial(holder.quantizer.forward)
+    return holder
+
+
 def compiled():
     peer = Peer(8, 32)
     peer.compile(backend="eager")
@@ -147,6 +167,9 @@ def compiled():
         (replaced, "Its method forward was replaced"),
         (grown, "extra on one side only"),
         (reshaped, r"got \(7,\) for \(32,\)"),
+        (watched, "hooks of its state dict"),
+        (in_a_tuple, r"at odd\.both\[0\] would go on with the peer"),
+        (called_by_a_method_of_it, r"at odd\.encode would go on with the peer"),
         (compiled, "compiled by itself"),
         (lambda: torch.compile(Peer(8, 32), backend="eager"), "compiled by itself"),
         (
@@ -322,7 +345,10 @@ def test_the_report_is_plain():
     text = str(convert(model))
     assert max(map(len, text.splitlines())) <= 100
     assert "Quantizers: 1 converted, 1 left as they are." in text and "beta=1.0" in text
-    assert "- Codes are counted in training alone." in text
+    assert "Peer: what vqkernels does otherwise" in text and "- Codes are counted in training alone." in text
+    # what two classes share is said once
+    both = str(convert(nn.ModuleList([Peer(8, 32), Other(8, 32)])))
+    assert "Peer, Other: what" in both and both.count("- Codes are counted") == 1
     report = convert(Model(Peer(8, 32)), verify=torch.randn(4, 8))
     found = json.loads(json.dumps(report.to_dict()))
     assert found["verified"] is True and found["rows"][0]["options"] == {"dim": 8, "codes": 32}

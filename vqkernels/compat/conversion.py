@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -32,15 +33,24 @@ class VerificationError(ConversionError):
 _SHARDING = ("FullyShardedDataParallel", "FSDPModule")
 # what computes a parameter from others right before a forward
 _REWRITING = ("WeightNorm", "SpectralNorm", "BasePruningMethod")
+# hooks that may hold on to the module they were registered on
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class _Peer(NamedTuple):
-    """A quantizer that was found, its places, and the modules around each, from the outside in."""
+    """A quantizer that was found, its places, the modules around each, from the outside in, and what holds on to it."""
 
     module: nn.Module
     name: Recognized
     places: list[Place]
     around: list[tuple[nn.Module, ...]]
+    # paths of tuples that it stands in, and of attributes that are methods of it
+    fixed: list[str]
 
 
 def convert(
@@ -76,7 +86,8 @@ def convert(
     for peer in _find(roots):
         row, face = _prepare(peer, "convertible" if dry_run else "converted")
         rows.append(row)
-        pairs.append(Pair(peer.module, face, tuple(peer.places)))
+        around = {id(one): one for path in peer.around for one in path}
+        pairs.append(Pair(peer.module, face, tuple(peer.places), tuple(around.values())))
     report = ConversionReport(tuple(rows), (), roots, tuple(pairs))
     if strict and report.left:
         got = "; ".join(f"{row.path}: {row.reason}".rstrip(".") for row in report.left)
@@ -103,6 +114,7 @@ def convert(
 def _find(roots: list[nn.Module]) -> list[_Peer]:
     """Every peer of a model once, with all of its places; not what is inside a peer."""
     found: dict[int, _Peer] = {}
+    held: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     waiting: list[tuple[Place, nn.Module, tuple[nn.Module, ...]]] = [(Place("", roots, 0), roots[0], ())]
     while waiting:
@@ -113,13 +125,20 @@ def _find(roots: list[nn.Module]) -> list[_Peer]:
             continue
         name = recognize(module)
         if name is not None:
-            found[id(module)] = _Peer(module, name, [place], [around])
+            found[id(module)] = _Peer(module, name, [place], [around], [])
             continue
         if id(module) in seen:
             continue
         seen.add(id(module))
         inside = [(inner, one, (*around, module)) for inner, one in _inside(place.path, module)]
         waiting.extend(reversed(inside))
+        held.extend(_fixed(place.path, module))
+    for path, module in held:
+        name = recognize(module)
+        if name is not None:
+            found.setdefault(
+                id(module), _Peer(module, name, [Place(path, {0: module}, 0)], [()], [])
+            ).fixed.append(path)
     return list(found.values())
 
 
@@ -132,18 +151,32 @@ def _inside(path: str, module: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
     for key, value in vars(module).items():
         if key == "_modules":
             continue
-        if isinstance(value, nn.Module):
-            yield from _peers_alone(Place(f"{prefix}{key}", vars(module), key), value)
-        elif isinstance(value, (list, dict)):
-            for inner, one in list(value.items() if isinstance(value, dict) else enumerate(value)):
-                if isinstance(one, nn.Module):
-                    yield from _peers_alone(Place(f"{prefix}{key}[{inner!r}]", value, inner), one)
+        yield from _held_aside(Place(f"{prefix}{key}", vars(module), key), value, module)
 
 
-def _peers_alone(place: Place, module: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
-    """A plain attribute counts if it is a quantizer: of others, it may be the way up to the whole."""
-    if recognize(module) is not None:
-        yield place, module
+def _held_aside(
+    place: Place, value: object, holder: nn.Module, depth: int = 3
+) -> Iterator[tuple[Place, nn.Module]]:
+    """Modules of a plain attribute, but for those that hold its own module: these are the way up to the whole."""
+    if isinstance(value, nn.Module):
+        if not any(one is holder for one in value.modules()):
+            yield place, value
+    elif isinstance(value, (list, dict)) and depth:
+        for inner, one in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            yield from _held_aside(Place(f"{place.path}[{inner!r}]", value, inner), one, holder, depth - 1)
+
+
+def _fixed(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in tuples, and those whose methods are attributes here: nothing else can be put there."""
+    for key, value in vars(module).items():
+        where = f"{path}.{key}" if path else key
+        if isinstance(value, tuple):
+            yield from ((f"{where}[{i}]", one) for i, one in enumerate(value) if isinstance(one, nn.Module))
+        while isinstance(value, functools.partial):
+            value = value.func
+        owner = getattr(value, "__self__", None) if inspect.ismethod(value) else None
+        if isinstance(owner, nn.Module) and owner is not module:
+            yield where, owner
 
 
 def _prepare(peer: _Peer, status: str) -> tuple[Row, Face | None]:
@@ -201,6 +234,8 @@ def _obstacle(peer: _Peer) -> str | None:
     replaced = [name for name in vars(module) if inspect.isroutine(getattr(type(module), name, None))]
     if replaced:
         return f"Its method {', '.join(replaced)} was replaced on the object, as by a wrapper. Convert before that."
+    if any(getattr(one, hooks) for one in inner for hooks in _STATE_HOOKS):
+        return "It has hooks of its state dict, which a face does not call. Convert it, then register them."
     for name, one in module.named_modules():
         if name and any(getattr(one, hooks) for hooks in HOOKS):
             return (
@@ -209,6 +244,9 @@ def _obstacle(peer: _Peer) -> str | None:
     compiled = any(type(around[-1]).__name__ == "OptimizedModule" for around in peer.around if around)
     if compiled or any(one._compiled_call_impl is not None for one in inner):
         return "It is compiled by itself, and that code runs the peer for ever. Convert it, then compile."
+    if peer.fixed:
+        where = ", ".join(peer.fixed)
+        return f"A tuple or a method of it at {where} would go on with the peer. Hold the quantizer itself there."
     composites = [one for one in _above(peer) if is_composite(one)]
     if composites:
         return f"It is a part of {qualified(type(composites[0]))}, which has no face and works with this class alone."

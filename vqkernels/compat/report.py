@@ -122,17 +122,26 @@ class ConversionReport:
             ],
             [_detail(row) for row in self.rows],
         )
-        differences = {
-            row.peer.rpartition(".")[2]: row.differences for row in self.converted if row.differences
-        }
-        for name, sentences in differences.items():
+        for names, sentences in _by_class(self.converted):
             yield ""
-            yield f"{name} of vqkernels differs, on purpose:"
+            yield from _wrapped(f"{', '.join(names)}: what vqkernels does otherwise, on purpose:", 0)
             for sentence in sentences:
-                yield from _wrapped(f"- {sentence.removesuffix('.')}.", 2)
+                yield from _wrapped(f"- {sentence}", 2)
         if self.checks:
             yield ""
             yield from _verification(self.checks)
+
+
+def _by_class(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """Differences under the classes that have them: what several share is said once."""
+    classes: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for sentence in row.differences:
+            classes.setdefault(sentence, {})[row.peer.rpartition(".")[2]] = None
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for sentence, names in classes.items():
+        groups.setdefault(tuple(names), []).append(sentence)
+    return list(groups.items())
 
 
 def _detail(row: Row) -> tuple[str, ...]:

@@ -37,11 +37,12 @@ class Place(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A peer, its face (None for a peer that stays), and the places that hold the one or the other."""
+    """A peer, its face (None for a peer that stays), the places that hold the one or the other, and what is around."""
 
     peer: nn.Module
     face: Face | None
     places: tuple[Place, ...]
+    around: tuple[nn.Module, ...] = ()
 
     @property
     def path(self) -> str:
@@ -74,7 +75,16 @@ def verify(roots: Sequence[nn.Module], pairs: Sequence[Pair], batch: Batch) -> t
         )
     found = {index: Check(pair.path) for index, pair in enumerate(pairs) if pair.face is not None}
     inner = {id(inside) for pair in pairs for place in pair.places for inside in _held(place).modules()}
-    with torch.no_grad(), _same_generators(model), _same_state(model, inner), _eager(), ExitStack() as stack:
+    # plain attributes may hold what the model does not list
+    tops = (model, *(module for pair in pairs for module in pair.around))
+    modules = list({id(one): one for top in tops for one in top.modules()}.values())
+    with (
+        torch.no_grad(),
+        _same_generators(model),
+        _same_state(modules, inner),
+        _eager(),
+        ExitStack() as stack,
+    ):
         for index, pair in enumerate(pairs):
             if pair.face is not None:
                 # buffers become others when the one that the model holds is moved
@@ -180,11 +190,13 @@ def _same_generators(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_state(model: nn.Module, inner: set[int]) -> Iterator[None]:
+def _same_state(modules: Sequence[nn.Module], inner: set[int]) -> Iterator[None]:
     """Set eval mode, and leave modes, and the buffers of all modules that are not in `inner`, as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    tables = [(module._buffers, dict(module._buffers)) for module, _ in modes if id(module) not in inner]
-    values = {id(b): (b, b.clone()) for _, entries in tables for b in entries.values() if b is not None}
+    modes = [(module, module.training) for module in modules]
+    # what torch.jit made holds its buffers for itself
+    owners = [m for m, _ in modes if id(m) not in inner and not isinstance(m, torch.jit.ScriptModule)]
+    tables = [(module._buffers, dict(module._buffers)) for module in owners]
+    values = {id(b): (b, b.clone()) for m, _ in modes if id(m) not in inner for b in m.buffers(recurse=False)}
     try:
         for module, _ in modes:
             # the flag alone: modules may do more in train() and eval()

@@ -14,15 +14,15 @@ from vqkernels.checks import check_count, check_flag, check_floating, refuse
 from vqkernels.compat.face import Face
 from vqkernels.nn._random import draw_seed, first_row
 from vqkernels.nn.estimators.base import Context
-from vqkernels.nn.metrics import code_counts
+from vqkernels.nn.metrics import perplexity
 from vqkernels.nn.quantizers.base import recomputing
 
 # of every face here, in the words of a report
 ALWAYS = (
-    "noise_var is a standard deviation, as the released code uses it, and not the variance that its name says.",
-    "In eval mode forward is deterministic, counts nothing and advances nothing; the released forward goes on.",
-    "The perplexity is a 0-d tensor: it waits for the device when it is looked at, and not in each forward.",
-    "Nothing of size rows x codes is ever made.",
+    "The peer calls noise_var a variance and uses it as a standard deviation; ours uses it so too.",
+    "The peer draws noise and counts in eval mode; ours is deterministic there and changes nothing.",
+    "The peer's perplexity is a float; ours is one on the CPU, and a 0-d tensor on GPUs and compiled.",
+    "The peer makes matrices of rows x codes; ours makes none.",
 )
 
 
@@ -75,9 +75,17 @@ class DiveqFace(Face):
 
     @property
     def iteration(self) -> int:
-        """Training forwards so far; waits for the device only after the counter was loaded, moved or replaced."""
-        if self.iter_counter is not self._read:
-            self._iteration, self._read = int(self.iter_counter), self.iter_counter
+        """Training forwards so far.
+
+        An accelerator is waited for after the counter was loaded, moved or replaced, and by compiled code.
+        """
+        counter = self.iter_counter
+        if torch.compiler.is_compiling():
+            # a number of the host would be a constant of the graph, which each forward would make anew
+            self._read = None
+            return int(counter)
+        if counter is not self._read or counter.device.type == "cpu":
+            self._iteration, self._read = int(counter), counter
         return self._iteration
 
     def _advance(self) -> int:
@@ -86,9 +94,10 @@ class DiveqFace(Face):
         if recomputing():
             return number
         with torch.no_grad():
-            self.iter_counter += 1
-        self._iteration = number + 1
-        return self._iteration
+            self.iter_counter.add_(1)
+        if not torch.compiler.is_compiling():
+            self._iteration = number + 1
+        return number + 1
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
@@ -107,7 +116,8 @@ class DiveqFace(Face):
 
     def _counts(self, indices: Tensor, finite: Tensor) -> Tensor:
         """Rows of each code (K,), those without a NaN or Inf (N,) alone."""
-        return code_counts(torch.where(finite, indices, -1), self.num_embeddings)
+        counts = torch.zeros(self.num_embeddings, dtype=torch.int64, device=indices.device)
+        return counts.index_add_(0, indices, finite.to(torch.int64))
 
     @classmethod
     def options_of(cls, peer: nn.Module) -> dict[str, object]:
@@ -118,6 +128,21 @@ class DiveqFace(Face):
     def extra_repr(self) -> str:
         names = inspect.signature(type(self)).parameters
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values are at hand: on the CPU, outside of compiled code."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def spread(counts: Tensor) -> float | Tensor:
+    """The perplexity of rows of each code (K,) as diveq returns it, where nobody waits for it.
+
+    Returns:
+        A float on the CPU; 0-d float32 on an accelerator and in compiled code; nan without a row.
+    """
+    found = perplexity(counts)
+    return found.item() if readable(found) else found
 
 
 def no_seed(z: Tensor) -> Context:

@@ -18,12 +18,11 @@ from vqkernels.nn.upkeep.schedules import Every
 _LOGGER = logging.getLogger(__name__)
 
 DIFFERENCES = (
-    "codebook_usage counts rows, over all ranks (paper, B.1); the released code counts iterations that use a code.",
-    "A code is replaced below discard_threshold times the mean use; the released code asks in how many iterations.",
-    "A replaced code moves by perturb_eps or 1e-3 of the root mean square of the copied one, whichever is more: 1e-9 "
-    "leaves most float32 features bit-identical.",
-    "All ranks replace alike.",
-    "verbose reports by the logger vqkernels.compat.diveq at level INFO and prints nothing.",
+    "The peer counts iterations that use a code; ours counts its rows, of all ranks (paper, B.1).",
+    "The peer replaces codes used in few iterations; ours, those far below the mean use.",
+    "The peer moves replaced codes by perturb_eps, lost in float32; ours by 1e-3 of their size or more.",
+    "The peer replaces codes on each rank by itself; ours does alike on all.",
+    "The peer prints what verbose asks for; ours logs it to vqkernels.compat.diveq at level INFO.",
 )
 
 
@@ -55,8 +54,8 @@ class Replacing(DiveqFace):
         if recomputing():
             return
         # the sum of a long period stays at what the dtype of diveq holds
-        total = self.codebook_usage.long() + all_sum(counts.clone())
-        self.codebook_usage.copy_(total.clamp_max(2**31 - 1))
+        total = all_sum(counts.clone()).add_(self.codebook_usage)
+        self.codebook_usage.copy_(total.clamp_max_(2**31 - 1))
         if iteration % self.replacement_iters == 0:
             self._replace(iteration)
 

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from vqkernels.checks import check_count
-from vqkernels.compat.diveq._base import no_seed
+from vqkernels.compat.diveq._base import no_seed, spread
 from vqkernels.compat.diveq._options import check_flags, check_noise_var, warn_unusual
 from vqkernels.compat.diveq._replacement import Replacing
 from vqkernels.compat.diveq._space import SpaceFilling
 from vqkernels.nn._random import split_seed
 from vqkernels.nn.estimators.base import Choice
 from vqkernels.nn.estimators.diveq import DiVeQ, DiVeQDetach
-from vqkernels.nn.metrics import perplexity
 from vqkernels.nn.quantizers.combined import cross_once
 from vqkernels.nn.upkeep.recent import usable
 from vqkernels.ops import nearest_code
 from vqkernels.ops.diveq import dithered_segment
 
-STARTS = "At the end of the warm-up the codes start from latents; the released code writes them to a copy and goes on."
+STARTS = "The peer writes the codes that end a warm-up to a copy, and goes on; ours start from latents."
 
 # from what a codebook quantizes (N, D'), its codes (K, D') and its number: the point chosen, and the index to return
 Pick = Callable[[Tensor, Tensor, int], tuple[Choice, Tensor]]
@@ -83,11 +82,11 @@ class Several(Replacing):
         finite = usable(z.detach())
         return [self._counts(index, finite) for index in walk.indices]
 
-    def _evaluated(self, z: Tensor, pick: Pick) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _evaluated(self, z: Tensor, pick: Pick) -> tuple[Tensor, list[Tensor], list[float | Tensor]]:
         """The target itself, with the gradient of eq. 16."""
         walk = self._walk(z, pick)
         z_q = cross_once(DiVeQDetach(), z, walk.target, no_seed(z))
-        return z_q, walk.indices, [perplexity(counts) for counts in self._uses(z, walk)]
+        return z_q, walk.indices, [spread(counts) for counts in self._uses(z, walk)]
 
     @staticmethod
     def outcome(result: tuple) -> tuple[Tensor, Tensor]:
@@ -147,14 +146,15 @@ class SeveralCodes(Several):
                 perturb_eps=perturb_eps,
             )
 
-    def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[float | Tensor]]:
         """Quantize, differentiably in z and the codes; in eval mode as `inference` does, with the gradient of eq. 16.
 
         Args:
             z: (N, D) float16, bfloat16, float32 or float64.
 
         Returns:
-            z_q (N, D) in z's dtype; for each codebook indices (N,) int64 and a perplexity, 0-d float32.
+            z_q (N, D) in z's dtype; for each codebook indices (N,) int64 and a perplexity, a float,
+            on accelerators 0-d float32.
 
         Raises:
             TypeError, ValueError: z is not floating-point or not (N, D).
@@ -165,10 +165,10 @@ class SeveralCodes(Several):
         z_q, walk, counts = self._train_codes(z)
         if self.codebook_reset:
             self._note(torch.stack(counts), self._advance())
-        return z_q, walk.indices, [perplexity(each) for each in counts]
+        return z_q, walk.indices, [spread(each) for each in counts]
 
     @torch.no_grad()
-    def inference(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def inference(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[float | Tensor]]:
         """The nearest codes, without noise, statistics or gradient, in any mode; arguments and returns of `forward`."""
         self._check(z)
         return self._evaluated(z, nearest_pick)
@@ -213,7 +213,7 @@ class SeveralCurves(Several, SpaceFilling):
                 perturb_eps=perturb_eps,
             )
 
-    def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[float | Tensor]]:
         """Quantize to dithered points of the curves, in the warm-up to codes, differentiably in z and the codes.
 
         In eval mode as `inference` does, before the start to the nearest codes, with the gradient of eq. 16.
@@ -223,7 +223,7 @@ class SeveralCurves(Several, SpaceFilling):
 
         Returns:
             z_q (N, D) in z's dtype; for each codebook indices (N,) int64, of segments in training after the warm-up,
-            and a perplexity, 0-d float32.
+            and a perplexity, a float or 0-d float32 on accelerators.
 
         Raises:
             TypeError, ValueError: z is not floating-point or not (N, D).
@@ -236,7 +236,7 @@ class SeveralCurves(Several, SpaceFilling):
             z_q, walk, counts = self._train_codes(z)
             self._note(torch.stack(counts), iteration)
             self._collect(walk.searched, iteration)
-            return z_q, walk.indices, [perplexity(each) for each in counts]
+            return z_q, walk.indices, [spread(each) for each in counts]
         context = self._context(z)
         seeds = split_seed(context.seed, self.num_codebooks)
 
@@ -246,10 +246,10 @@ class SeveralCurves(Several, SpaceFilling):
 
         walk = self._walk(z, pick)
         z_q = cross_once(DiVeQ(noise_std=self.noise_var), z, walk.target, context)
-        return z_q, walk.indices, [perplexity(counts) for counts in self._uses(z, walk)]
+        return z_q, walk.indices, [spread(counts) for counts in self._uses(z, walk)]
 
     @torch.no_grad()
-    def inference(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def inference(self, z: Tensor) -> tuple[Tensor, list[Tensor], list[float | Tensor]]:
         """The nearest points of the curves, or the nearest codes (`evaluation`); no noise, no gradient, in any mode.
 
         Arguments and returns are those of `forward`; the indices are always those of the nearest codes.

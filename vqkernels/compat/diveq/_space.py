@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels.checks import check_choice
-from vqkernels.compat.diveq._base import DiveqFace
+from vqkernels.compat.diveq._base import DiveqFace, readable
 from vqkernels.compat.diveq._options import check_flags, check_warm_up
 from vqkernels.compat.diveq._warm_up import BlockMeans
 from vqkernels.nn._random import distributed
@@ -18,12 +18,12 @@ from vqkernels.nn.quantizers.base import recomputing
 from vqkernels.ops import nearest_code, nearest_segment
 
 DIFFERENCES = (
-    "inference returns the nearest point of the whole curve; the released code looks at the two segments beside the "
-    "nearest code, misses the nearest segment for many rows, and gives NaN where codes coincide or K is 2.",
-    "evaluation = 'codeword' has inference return codebook[indices], which indices decode (paper, section 4).",
-    "The warm-up keeps sums of latents and frees them; the released code keeps all latents for ever.",
-    "Fewer latents than codes start the codes evenly along the line of those seen; the released code starts at NaN.",
-    "All ranks start at the same codes, means over the latents of all.",
+    "The peer has inference search two segments beside the nearest code; ours, all: outputs are nearer.",
+    "The peer has inference return NaN where codes coincide or K is 2; ours returns the nearest point.",
+    "The peer returns points that no index decodes to; ours too, or codes: evaluation = 'codeword'.",
+    "The peer keeps all latents of a warm-up for ever; ours keeps sums and frees them.",
+    "The peer starts at NaN with fewer latents than codes; ours spreads codes along those seen.",
+    "The peer starts codes on each rank by itself; ours from the latents of all ranks, alike on all.",
 )
 
 
@@ -113,13 +113,14 @@ class SpaceFilling(DiveqFace):
         for m in range(count):
             self._collect([stage[m] for stage in stages], now - count + 1 + m)
 
-    def _passed(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _passed(self, z: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         """What a warm-up without quantization returns: z itself, zeros for indices and perplexity."""
         if distributed():
             # data-parallel reducers wait for a gradient of every parameter
             z = z + (0 * self.codebook.sum()).to(z.dtype)
         indices = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        return z, indices, torch.zeros((), device=z.device)
+        nothing = torch.zeros((), device=z.device)
+        return z, indices, 0.0 if readable(nothing) else nothing
 
     def _nearest_point(self, x: Tensor, codes: Tensor) -> tuple[Choice, Tensor]:
         """What an evaluation returns: where it is, and the nearest code."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkernels.compat.diveq._base import ALWAYS, no_seed
+from vqkernels.compat.diveq._base import ALWAYS, no_seed, spread
 from vqkernels.compat.diveq._options import check_flags, check_noise_var, warn_unusual
 from vqkernels.compat.diveq._replacement import DIFFERENCES, Replacing
 from vqkernels.nn.estimators.base import Choice
 from vqkernels.nn.estimators.diveq import move
-from vqkernels.nn.metrics import perplexity
 from vqkernels.ops import nearest_code
 
 
@@ -50,14 +49,14 @@ class _Single(Replacing):
         """z_q of a training forward."""
         return move(z, codes, Choice(indices), no_seed(z), "detach").z
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         """Quantize, differentiably in z and the codes; in eval mode as `inference` does, with the gradient of eq. 16.
 
         Args:
             z: (N, D) float16, bfloat16, float32 or float64.
 
         Returns:
-            z_q (N, D) in z's dtype, indices (N,) int64, perplexity 0-d float32.
+            z_q (N, D) in z's dtype, indices (N,) int64, perplexity a float, on accelerators 0-d float32.
 
         Raises:
             TypeError, ValueError: z is not floating-point or not (N, D).
@@ -72,17 +71,17 @@ class _Single(Replacing):
         counts = self._counts(indices, ~sq_dist.isnan())
         if self.codebook_reset:
             self._note(counts, self._advance())
-        return z_q, indices, perplexity(counts)
+        return z_q, indices, spread(counts)
 
     @torch.no_grad()
-    def inference(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inference(self, z: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         """Each row's nearest code, without noise, statistics or gradient, in any mode.
 
         Args:
             z: as of `forward`.
 
         Returns:
-            z_q = codebook[indices] (N, D), indices (N,) int64, perplexity 0-d float32.
+            z_q = codebook[indices] (N, D), indices (N,) int64, perplexity a float, on accelerators 0-d float32.
 
         Raises:
             TypeError, ValueError: as in `forward`.
@@ -90,10 +89,10 @@ class _Single(Replacing):
         self._check(z)
         return self._evaluate(z)
 
-    def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         indices, sq_dist = nearest_code(z, self.codebook)
         z_q = move(z, self.codebook, Choice(indices), no_seed(z), "detach").z
-        return z_q, indices, perplexity(self._counts(indices, ~sq_dist.isnan()))
+        return z_q, indices, spread(self._counts(indices, ~sq_dist.isnan()))
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         codes = self.codebook.detach().double()[indices]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkernels.compat.diveq._base import ALWAYS, no_seed
+from vqkernels.compat.diveq._base import ALWAYS, no_seed, spread
 from vqkernels.compat.diveq._options import check_noise_var, warn_unusual
 from vqkernels.compat.diveq._space import DIFFERENCES, SpaceFilling
 from vqkernels.nn.estimators.base import Choice, Context
 from vqkernels.nn.estimators.diveq import move
-from vqkernels.nn.metrics import perplexity
 from vqkernels.nn.upkeep.recent import usable
 from vqkernels.ops.diveq import dithered_segment
 
@@ -38,7 +37,7 @@ class _SingleCurve(SpaceFilling):
         """z_q of a training forward."""
         return move(z, self.codebook, choice, context, "detach").z
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         """Quantize to a dithered point of the curve, differentiably in z and the codes; in the warm-up return z.
 
         In eval mode as `inference` does, with the gradient of eq. 16; before the codes have started, z.
@@ -47,8 +46,8 @@ class _SingleCurve(SpaceFilling):
             z: (N, D) float16, bfloat16, float32 or float64.
 
         Returns:
-            z_q (N, D) in z's dtype; indices (N,) int64, segments in training; perplexity 0-d float32. In the warm-up
-            both are 0.
+            z_q (N, D) in z's dtype; indices (N,) int64, segments in training; perplexity a float,
+            on accelerators 0-d float32. In the warm-up both are 0.
 
         Raises:
             TypeError, ValueError: z is not floating-point or not (N, D).
@@ -64,17 +63,17 @@ class _SingleCurve(SpaceFilling):
         context = self._context(z)
         segments, position = dithered_segment(z, self.codebook, context.seed, None)
         z_q = self._cross(z, Choice(segments, position), context)
-        return z_q, segments, perplexity(self._counts(segments, usable(z.detach())))
+        return z_q, segments, spread(self._counts(segments, usable(z.detach())))
 
     @torch.no_grad()
-    def inference(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inference(self, z: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         """Each row's nearest point of the curve, or its nearest code (`evaluation`); no noise, no gradient.
 
         Args:
             z: as of `forward`.
 
         Returns:
-            z_q (N, D), indices (N,) int64 of the nearest code, perplexity 0-d float32. Only with
+            z_q (N, D), indices (N,) int64 of the nearest code, perplexity a float, on accelerators 0-d float32. Only with
             evaluation = "codeword" is z_q = codebook[indices].
 
         Raises:
@@ -83,10 +82,10 @@ class _SingleCurve(SpaceFilling):
         self._check(z)
         return self._evaluate(z)
 
-    def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         choice, indices = self._nearest_point(z, self.codebook)
         z_q = move(z, self.codebook, choice, no_seed(z), "detach").z
-        return z_q, indices, perplexity(self._counts(indices, usable(z.detach())))
+        return z_q, indices, spread(self._counts(indices, usable(z.detach())))
 
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """As of every face, of `inference`; None in training, whose indices are segments."""
@@ -154,7 +153,7 @@ class SFDIVEQDetach(_SingleCurve):
     differences = (
         *ALWAYS[1:],
         *DIFFERENCES,
-        "Training interpolates between both codes of a segment (eq. 16); the released code uses the first one twice.",
+        "The peer trains with the first code of a segment twice; ours interpolates between both (eq. 16).",
     )
 
     def __init__(

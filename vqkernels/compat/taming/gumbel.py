@@ -47,10 +47,10 @@ class GumbelQuantize(Remapped):
 
     peers = ("taming.modules.vqvae.quantize.GumbelQuantize",)
     differences: ClassVar[tuple[str, ...]] = (
-        "Evaluation draws no noise: the same input gives the same indices, those of the largest logits.",
-        "The noise of training comes from another generator, the same in the backward pass again.",
-        "KL has no 1e-10 inside its logarithm.",
-        "`unmap_to_all` leaves its argument as it was; nothing is printed.",
+        "The peer draws noise in evaluation; ours takes the largest logits.",
+        "The peer keeps the noise of training; ours draws it from a seed, again in the backward pass.",
+        "The peer adds 1e-10 inside the logarithm of KL; ours takes log_softmax.",
+        "The peer's `unmap_to_all` writes into its argument, and remap prints; ours does neither.",
     )
 
     def __init__(

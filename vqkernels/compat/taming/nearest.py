@@ -65,12 +65,23 @@ class _Nearest(Remapped):
 
     @torch.no_grad()
     def sq_dist_of(self, x: Tensor, indices: Tensor) -> Tensor | None:
-        """Squared distances in float64 to the codes that indices name; None for remapped ones."""
-        if self.remap is not None:
-            return None
-        rows = x.permute(0, 2, 3, 1).double()
-        codes = F.embedding(indices.view(rows.shape[:-1]), self.embedding.weight.double())
-        return (rows - codes).square().sum(-1).view(indices.shape)
+        """Squared distances in float64 to the codes that indices name; of an unknown one, to the nearest of these."""
+        rows, weight = x.permute(0, 2, 3, 1).double(), self.embedding.weight.double()
+        chosen = indices.view(rows.shape[:-1])
+        codes = chosen if self.remap is None else self.used.to(chosen)[chosen.clamp_max(len(self.used) - 1)]
+        sq_dist = (rows - F.embedding(codes, weight)).square().sum(-1)
+        if self.remap is not None and self.unknown_index != "random":
+            unused = torch.ones(self.n_e, dtype=torch.bool, device=x.device).index_fill_(
+                0, self.used.to(codes), False
+            )
+            rest = (
+                nearest_code(rows, weight[unused]).sq_dist
+                if bool(unused.any())
+                else sq_dist.new_tensor(torch.inf)
+            )
+            unknown = torch.where(chosen < len(self.used), torch.minimum(sq_dist, rest), rest)
+            sq_dist = torch.where(chosen.eq(int(self.unknown_index)), unknown, sq_dist)
+        return sq_dist.view(indices.shape)
 
 
 class VectorQuantizer(_Nearest):
@@ -93,9 +104,8 @@ class VectorQuantizer(_Nearest):
 
     peers = ("taming.modules.vqvae.quantize.VectorQuantizer",)
     differences: ClassVar[tuple[str, ...]] = (
-        "min_encodings is a sparse tensor of the same shape (N, K): it multiplies codes as before, and to_dense() "
-        "makes the matrix.",
-        "The value of z_q is the code itself; taming's is z + (code - z), which rounds.",
+        "The peer's min_encodings is a matrix (N, K); ours is sparse, multiplies alike, has to_dense().",
+        "The peer's z_q is z + (code - z), which rounds; ours is the code itself.",
     )
 
     def __init__(self, n_e: int, e_dim: int, beta: float):
@@ -160,9 +170,9 @@ class VectorQuantizer2(_Nearest):
 
     peers = ("taming.modules.vqvae.quantize.VectorQuantizer2",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The value of z_q is the code itself; taming's is z + (code - z), which rounds.",
-        'Places drawn for unknown codes ("random") come from the generator of the device, one for every index.',
-        "`unmap_to_all` leaves its argument as it was; nothing is printed.",
+        "The peer's z_q is z + (code - z), which rounds; ours is the code itself.",
+        'The peer draws places ("random") for unknown codes alone; ours for every index, waiting for none.',
+        "The peer's `unmap_to_all` writes into its argument, and remap prints; ours does neither.",
     )
 
     def __init__(

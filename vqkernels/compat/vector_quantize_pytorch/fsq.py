@@ -46,9 +46,9 @@ class FSQ(Face):
 
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.finite_scalar_quantization.FSQ",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The output is the grid point itself, without the rounding error of the way to a gradient.",
-        "codes_to_indices turns codes of a rotated grid back first, so that it inverts indices_to_codes.",
-        "Indices are counted in integers: right above 2^24 codes, and a level too many cannot be reached.",
+        "The peer adds rounding errors of its way to a gradient; ours returns the grid point itself.",
+        "The peer's codes_to_indices leaves codes of a rotated grid turned; ours turns them back.",
+        "The peer counts indices in float32, which ends at 2^24, and levels overflow; ours in integers.",
     )
 
     _levels: Tensor

@@ -30,7 +30,7 @@ class GroupedResidualVQ(Face):
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.residual_vq.GroupedResidualVQ",)
     differences: ClassVar[tuple[str, ...]] = (
         *ResidualVQ.differences,
-        "get_output_from_indices of images joins groups along the features, which come last, where the peer takes rows.",
+        "The peer's get_output_from_indices of images joins groups along rows; ours along features.",
     )
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs):

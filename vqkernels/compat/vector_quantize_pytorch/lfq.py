@@ -87,10 +87,10 @@ class LFQ(Face):
 
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.lookup_free_quantization.LFQ",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The output is the code itself, without the rounding error of the way to a gradient.",
-        "In a process group the entropy of the mean is that of the mean over ranks; the peer drops the sum and divides.",
-        "With a mask of rows, (B, N), the mean of the diversity term is over rows; the peer takes that of each row alone.",
-        "A share of the rows is at least one row, so that the loss of a small batch is a number.",
+        "The peer adds rounding errors of its way to a gradient; ours returns the code itself.",
+        "The peer's mean over ranks, for its entropy, drops the sum; ours is the mean.",
+        "The peer takes each row's diversity with a mask of rows, (B, N); ours that of the mean over rows.",
+        "The peer's share of the rows may be none, and its loss then no number; ours is at least one row.",
     )
 
     mask: Tensor

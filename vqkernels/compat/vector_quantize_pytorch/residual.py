@@ -71,14 +71,14 @@ class ResidualVQ(Face):
 
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.residual_vq.ResidualVQ",)
     differences: ClassVar[tuple[str, ...]] = (
-        "diveq=True has no noise in eval mode: the output is what the indices decode to.",
-        "accept_image_fmap works for images of any size, where the peer needs D = H = W.",
-        "indices= gives the cross entropy of each stage on its own residual, where the peer raises.",
-        "freeze_codebook=True at construction holds in forward, and a frozen codebook is not updated after a beam search.",
-        "After a beam search each stage learns from its residuals of the path taken; the peer hands them out by beam.",
-        "Codes that replace dead ones of a shared codebook are never masked rows.",
-        "get_codes_from_indices gives what forward looked up, also with an affine codebook.",
-        "The layers of a ResidualVQ for images take rows, (B, N, D).",
+        "The peer's diveq=True is noisy in eval mode; ours returns what the indices decode to.",
+        "The peer's accept_image_fmap needs D = H = W; ours takes images of any size.",
+        "The peer raises at indices=; ours gives the cross entropy of each stage on its own residual.",
+        "The peer forgets freeze_codebook=True of construction; ours holds it, after a beam search too.",
+        "The peer teaches stages residuals of every beam; ours those of the path taken.",
+        "The peer replaces dead codes of a shared codebook by masked rows at times; ours never does.",
+        "The peer's get_codes_from_indices leaves the affine map out; ours gives what forward looked up.",
+        "The peer's layers of a ResidualVQ for images take images; ours take rows, (B, N, D).",
     )
 
     beam_score_weights: Tensor

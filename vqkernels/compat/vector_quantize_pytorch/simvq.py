@@ -36,9 +36,9 @@ class SimVQ(Face):
 
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.sim_vq.SimVQ",)
     differences: ClassVar[tuple[str, ...]] = (
-        "The output is the code itself, where the peer adds rounding errors of its way to a gradient.",
-        "indices_to_codes transforms the whole basis, as forward does, so that transforms over rows decode alike.",
-        "The nearest code is that of exact distances, whatever the dtype.",
+        "The peer adds rounding errors of its way to a gradient; ours returns the code itself.",
+        "The peer's indices_to_codes transforms chosen rows alone; ours the whole basis, as forward does.",
+        "The peer rounds distances; ours finds the nearest code exactly, whatever the dtype.",
     )
 
     frozen_codebook: Tensor

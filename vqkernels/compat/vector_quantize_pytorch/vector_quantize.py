@@ -50,20 +50,22 @@ class VectorQuantize(Crossing):
 
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",)
     differences: ClassVar[tuple[str, ...]] = (
-        "the index is that of the nearest code in float64, the lowest on ties",
-        "straight_through=True needs no rotation_trick=False, and directional_reparam no replacement of dead codes",
-        "sync_update_v gives the codes their share of the task's gradient (Huh et al. 2023, eq. 21)",
-        "affine moments stand still in evaluation and while frozen, load from a state_dict, and reach decoded codes",
-        "sync_codebook is decided in each forward, so that a process group may come later",
-        "codes that are frozen in a training forward take no gradient from it",
-        "the commitment loss of a masked batch compares what is quantized, also behind projections, heads and cosine",
-        "quantize beside a cross entropy has the layout of x and its projection out",
-        "in_place_codebook_optimizer sees the gradient of its own loss alone, and no hooks of a wrapper fire",
-        "gradients of a cross entropy and of the diversity loss are those of the codes before the update",
-        "the orthogonal loss does not reward codes of 0",
-        "decoded codes of heads that share a codebook are merged as in quantize, and project_out sees features last",
-        "k-means starts by k-means++, and noise and replacements are other draws of the same laws",
-        "a row with a NaN or Inf, and a masked one, has no part in losses and codes",
+        "The peer rounds distances; ours finds the nearest code in float64, the lowest index on ties.",
+        "The peer refuses straight_through=True unless rotation_trick=False; ours takes it alone.",
+        "The peer refuses directional_reparam without replacement of dead codes; ours takes it.",
+        "The peer's sync_update_v gives codes no gradient; ours, their share of the task's (Huh, eq. 21).",
+        "The peer's affine moments move in evaluation and while frozen; ours stand still.",
+        "The peer's affine moments do not load, and decoding lacks them; ours load, and reach it.",
+        "The peer decides sync_codebook at construction; ours in each forward.",
+        "The peer lets gradients reach codes that are frozen in a training forward; ours does not.",
+        "The peer's loss of masked batches sees x before projection and heads; ours what is quantized.",
+        "The peer leaves quantize beside a cross entropy in its inner layout; ours has that of x.",
+        "The peer's in_place_codebook_optimizer sees foreign gradients and fires hooks; ours does neither.",
+        "The peer takes cross entropies and diversity at updated codes; ours at those before the update.",
+        "The peer's orthogonal loss rewards codes of 0; ours does not.",
+        "The peer decodes shared heads otherwise than it quantizes; ours merges and projects them alike.",
+        "The peer starts k-means at random rows; ours by k-means++, and draws by its own generator.",
+        "The peer lets rows with a NaN or Inf into losses and codes; ours leaves them out, and masked ones.",
     )
 
     def __init__(

@@ -34,7 +34,7 @@ class GroupVectorQuant(VectorQuant):
     peers = ("vqtorch.nn.gvq.GroupVectorQuant",)
     differences = (
         *VectorQuant.differences,
-        "`get_codebook` shows the codes that forward uses where share=False meets affine_groups > 1.",
+        "The peer's `get_codebook` errs with share=False and affine_groups > 1; ours is as forward has it.",
     )
 
     def __init__(

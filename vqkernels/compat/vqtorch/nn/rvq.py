@@ -38,8 +38,8 @@ class ResidualVectorQuant(GroupVectorQuant):
     peers = ("vqtorch.nn.rvq.ResidualVectorQuant",)
     differences = (
         *GroupVectorQuant.differences,
-        "kmeans_init starts the codes on residuals of the started codes before; vqtorch, on those of random codes.",
-        "share=False takes any number of groups; vqtorch asks for one that divides the features.",
+        "The peer's kmeans_init sees residuals of random codes; ours those of started codes.",
+        "The peer asks share=False for groups that divide the features; ours takes any number.",
     )
 
     def _width(self, feature_size: int, groups: int) -> int:

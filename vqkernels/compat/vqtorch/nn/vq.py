@@ -75,14 +75,15 @@ class VectorQuant(Face):
 
     peers = ("vqtorch.nn.vq.VectorQuant",)
     differences = (
-        "The search is exact; vqtorch's is in float16 on CUDA.",
-        "kmeans_init starts the codes before the first training forward quantizes, by this package's k-means and with "
-        "as many codes as asked for; vqtorch starts them after it, needs torchpq, and has fewer where rows are few.",
-        "replace_freq takes latents that the codebook searched for, writes them so that they show behind the affine "
-        "map, on all ranks alike; vqtorch writes unquantized input latents as they are, on each rank its own.",
-        "inplace_optimizer steps once per forward on the codebook in use, with affine_lr and in groups too, and leaves "
-        "gradients alone; vqtorch raises an error with affine_lr and moves nothing in groups.",
-        "`requires_grad` and `set_requires_grad` work.",
+        "The peer searches in float16 on CUDA; ours searches exactly everywhere.",
+        "The peer runs kmeans_init after the first training forward; ours before it quantizes.",
+        "The peer's kmeans_init needs torchpq, and has fewer codes where rows are few; ours has all.",
+        "The peer replaces codes by input latents; ours by those that were searched, behind the affine map.",
+        "The peer replaces unused codes on each rank by its own latents; ours does alike on all ranks.",
+        "The peer's inplace_optimizer fails with affine_lr; ours steps with it.",
+        "The peer's inplace_optimizer moves nothing in groups; ours steps once per forward.",
+        "The peer's inplace_optimizer steps along left-over gradients and clears them; ours leaves them.",
+        "The peer fails at `requires_grad` and `set_requires_grad`; ours serves them.",
     )
     cdist_chunk_size = 1024
     enabled = True
