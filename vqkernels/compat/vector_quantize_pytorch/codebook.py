@@ -247,8 +247,7 @@ class Codebook(Kept):
         if not self.has_dead_code_replacement or not self.training:
             return
         dead = self.cluster_size < self.threshold_ema_dead_code
-        # only a cpu can look at a value for free
-        if dead.device.type == "cpu" and not dead.any():
+        if _seen_for_free(dead) and not dead.any():
             return
         rows = x.flatten(1, -2)
         good = usable(rows, None if indices is None else indices.flatten(1))
@@ -286,14 +285,18 @@ class Codebook(Kept):
 def _directions(codes: Tensor) -> Tensor:
     """Codes (G, K, D) at length 1; those that have none next to the others go where no row is."""
     length = torch.linalg.vector_norm(codes, dim=-1, keepdim=True)
-    # only a cpu can look at a value for free
-    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _seen_for_free(codes):
         off = (length - 1).abs_() > 8 * torch.finfo(torch.float32).eps
         if not off.any():
             return codes
     # averages of a code that no row takes decay to 0, which would be nearer than most codes of length 1
     lost = length <= 1e-3 * length.amax(-2, keepdim=True)
     return torch.where(lost, 4.0, codes / length)
+
+
+def _seen_for_free(tensor: Tensor) -> bool:
+    """Whether the host may look at a value: a device would have to finish its work, and no graph can hold it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _replace(old: Tensor, at: Tensor, new: Tensor, where: Tensor) -> None:

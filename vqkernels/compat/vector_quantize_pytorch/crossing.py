@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _autograd
+from torch.autograd.graph import saved_tensors_hooks
 
 from vqkernels.checks import refuse
 from vqkernels.compat.vector_quantize_pytorch import losses
 from vqkernels.compat.vector_quantize_pytorch.holder import Holder
 from vqkernels.compat.vector_quantize_pytorch.layout import Layout
-from vqkernels.nn.estimators.base import gather, no_loss
+from vqkernels.nn.estimators.base import finite_rows, gather, no_loss
 from vqkernels.nn.quantizers.base import recomputing
 from vqkernels.ops import directional, straight_through
 
@@ -144,14 +145,17 @@ class Crossing(Holder):
         if code:
             loss = loss - loss.detach() / 2
         if few and (weigh or not self.training):
-            rows = gather(table if learned else table.detach(), at)
-            loss = torch.where(at >= 0, (rows - y).square().mean(-1), 0)
+            rows = gather(table.detach() if self.training and not learned else table, at)
+            good = finite_rows(y)
+            error = (rows - torch.where(good, y, 0)).square().mean(-1)
+            loss = torch.where((at >= 0) & good[..., 0], error, 0)
         return z, loss
 
     def _optimize(self, y: Tensor, mask: Tensor | None, temperature: float, update: partial) -> Tensor:
         """One step of the codes on their own loss, before the rows choose again."""
         y, book = y.detach(), self._codebook
-        with torch.enable_grad():
+        # a checkpoint around this forward counts what is saved, and the recomputation has no such step
+        with torch.enable_grad(), saved_tensors_hooks(_as_is, _as_is):
             chosen = self._choose(y, book.codes(), mask, temperature, None, True)
             _, loss = straight_through(y, chosen.table, chosen.at, commitment=0.0, codebook_weight=1.0)
             grads = torch.autograd.grad(loss, book.embed)
@@ -183,9 +187,13 @@ def _as_kept(live: Tensor, kept: Tensor) -> Tensor:
     return kept + (live - live.detach()) if live.requires_grad else kept
 
 
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _apart(table: Tensor, at: Tensor) -> Chosen:
     """The codes of rows in a table that later writes to the codes do not reach, the smaller one of two."""
-    if at.numel() >= len(table):
+    if at.numel() >= len(table) or at.numel() == 0:
         return Chosen(at, table.clone(), at)
     own = F.embedding(at.flatten().clamp_min(0), table)
     place = torch.arange(at.numel(), device=at.device).view(at.shape)
