@@ -91,6 +91,17 @@ def test_an_in_place_optimizer_rests_where_codes_are_frozen_parameters():
     assert torch.equal(quantizer.codebook, before)
 
 
+def test_codes_that_were_copied_into_the_buffers_do_not_start_again():
+    trained, copy = make({"kmeans_init": True}), make({"kmeans_init": True})
+    x = torch.randn(1, 40, D)
+    trained(x)
+    with torch.no_grad():
+        for name, tensor in copy.state_dict().items():
+            tensor.copy_(trained.state_dict()[name])
+    copy.eval()(torch.randn(1, 40, D))
+    assert torch.equal(copy.codebook, trained.codebook)
+
+
 @pytest.mark.parametrize("cosine", [False, True])
 def test_a_graph_without_breaks_replaces_dead_codes(cosine):
     quantizer = make({"use_cosine_sim": cosine, "threshold_ema_dead_code": 2})

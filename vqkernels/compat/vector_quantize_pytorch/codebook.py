@@ -146,7 +146,8 @@ class Codebook(Kept):
     @torch.no_grad()
     def start(self, x: Tensor, mask: Tensor | None) -> None:
         """Give codes that wait for them their first values, from x (G, ..., D) and its mask (G, ...)."""
-        if self._started is None:
+        # somebody may have copied codes into the buffers; once they have started, the host asks no more
+        if not self._started:
             self._started = bool(self.initted)
         if self._started:
             return
