@@ -129,3 +129,18 @@ def test_the_parts_of_the_loss_keep_the_codes_apart_as_the_peers():
             loss.sum().backward()
             grads.append(one._codebook.embed.grad)
         torch.testing.assert_close(*grads)
+
+
+def test_the_backward_of_a_compiled_graph_sees_the_codes_of_its_forward():
+    quantizer = make({})
+    state = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    x = torch.randn(1, 40, D)
+    grads = []
+    # inductor alone takes a copy for its source
+    for run in (quantizer, torch.compile(quantizer, fullgraph=True)):
+        quantizer.load_state_dict(state)
+        leaf = x.clone().requires_grad_()
+        z, _, loss = run(leaf)
+        (z.sum() + loss).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)

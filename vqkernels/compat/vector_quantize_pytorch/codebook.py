@@ -97,8 +97,10 @@ class Codebook(Kept):
         self.ask_whether_started()
 
     def ask_whether_started(self) -> None:
-        """Read `initted` again at the next forward, as somebody may have written it."""
-        self._started = None
+        """Read `initted` again, as somebody may have written it; at the next forward where it has no value yet."""
+        # at once where that can be, for a compiled forward cannot
+        read = type(self.initted) is Tensor and not self.initted.is_meta
+        self._started = bool(self.initted) if read else None
 
     @property
     def use_ddp(self) -> bool:
