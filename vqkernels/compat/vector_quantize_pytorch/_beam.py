@@ -52,7 +52,7 @@ def beam_search(stages: Stages, y: Tensor, beam: int, weights: Tensor) -> Found:
         losses = torch.cat((_chosen(losses, parents), cost_of_step), dim=-1)
     losses = losses[:, :, 0]
     if stages.mask is None:
-        mean = losses.mean((0, 1))
+        mean = losses.mean((0, 1)) if losses.numel() else losses.sum((0, 1))
     else:
         counted = torch.where(stages.mask[..., None], losses, 0.0)
         mean = counted.sum((0, 1)) / stages.mask.sum().clamp_min(1)

@@ -74,12 +74,15 @@ def learn(book: Kept, affine: Affine, x: Tensor, mask: Tensor | None) -> None:
     if sync:
         all_sum(count)
         all_sum(total)
-    mean = total / count
+    # without rows, what is known stays, and else the map is the identity
+    some = count > 0
+    mean = torch.where(some, total / count, book.codebook_mean)
     squares = torch.where(good, rows - mean, 0).square_().sum(1, keepdim=True)
     if sync:
         all_sum(squares)
-    _average(book, "batch_mean", mean, affine.batch_decay)
-    _average(book, "batch_variance", squares / count, affine.batch_decay)
+    variance = torch.where(some, squares / count, book.codebook_variance)
+    _average(book, "batch_mean", mean, affine.batch_decay, some)
+    _average(book, "batch_variance", variance, affine.batch_decay, some)
 
 
 def outward(book: Kept, codes: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def _ratio(book: Kept, variance: Tensor) -> Tensor:
     return (book.codebook_variance.clamp_min(1e-5) / variance.clamp_min(1e-5)).sqrt()
 
 
-def _average(book: Kept, name: str, new: Tensor, decay: float) -> None:
+def _average(book: Kept, name: str, new: Tensor, decay: float, where: Tensor | None = None) -> None:
     old = getattr(book, name)
     if old is None:
         setattr(book, name, new.clone())
@@ -113,4 +116,4 @@ def _average(book: Kept, name: str, new: Tensor, decay: float) -> None:
         # asked on the device, so that the host does not wait
         moved = torch.where(waits, new, moved)
         waits.fill_(False)
-    old.copy_(moved)
+    old.copy_(moved if where is None else torch.where(where, moved, old))

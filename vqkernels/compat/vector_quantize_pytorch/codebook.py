@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkernels.checks import refuse
@@ -98,8 +97,10 @@ class Codebook(Kept):
         self.ask_whether_started()
 
     def ask_whether_started(self) -> None:
-        """Read `initted` again at the next forward, as somebody may have written it."""
-        self._started = None
+        """Read `initted` again, as somebody may have written it; at the next forward where it has no value yet."""
+        # at once where that can be, for a compiled forward cannot
+        read = type(self.initted) is Tensor and not self.initted.is_meta
+        self._started = bool(self.initted) if read else None
 
     @property
     def use_ddp(self) -> bool:
@@ -121,8 +122,9 @@ class Codebook(Kept):
             moments.learn(self, self.affine, x, mask)
 
     def searched(self, codes: Tensor) -> Tensor:
-        """Codes as rows are compared with them, without gradient."""
-        return unit_rows(codes.detach()) if self.use_cosine_sim else codes.detach()
+        """Codes as rows are compared with them, without gradient: by direction where rows have length 1."""
+        codes = codes.detach()
+        return _directions(codes) if self.use_cosine_sim else codes
 
     def nearest(self, x: Tensor, codes: Tensor) -> Tensor:
         """Nearest code of each row: x (G, ..., D), codes (G, K, D) -> (G, ...)."""
@@ -146,7 +148,8 @@ class Codebook(Kept):
     @torch.no_grad()
     def start(self, x: Tensor, mask: Tensor | None) -> None:
         """Give codes that wait for them their first values, from x (G, ..., D) and its mask (G, ...)."""
-        if self._started is None:
+        # somebody may have copied codes into the buffers; once they have started, the host asks no more
+        if not self._started:
             self._started = bool(self.initted)
         if self._started:
             return
@@ -189,8 +192,12 @@ class Codebook(Kept):
         """Set the codes to what their averages say."""
         total = self.cluster_size.sum(-1, keepdim=True)
         smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
-        codes = self.embed_avg / smoothed[..., None]
-        self.embed.copy_(F.normalize(codes, dim=-1, eps=1e-6) if self.use_cosine_sim else codes)
+        divisor = smoothed[..., None]
+        if self.use_cosine_sim:
+            length = torch.linalg.vector_norm(self.embed_avg, dim=-1, keepdim=True)
+            divisor = torch.maximum(length, 1e-6 * divisor)
+        # in place: codes may be most of what a model holds
+        torch.div(self.embed_avg, divisor, out=self.embed)
 
     @torch.no_grad()
     def update_codebook(
@@ -229,6 +236,7 @@ class Codebook(Kept):
             return
         _average(self.cluster_size, counts, self.decay, weight)
         _average(self.embed_avg, sums, self.decay, weight)
+        del sums
         if ema_update and not self.manual_ema_update:
             self.update_ema()
         self.expire_codes_(x, indices)
@@ -242,8 +250,7 @@ class Codebook(Kept):
         if not self.has_dead_code_replacement or not self.training:
             return
         dead = self.cluster_size < self.threshold_ema_dead_code
-        # only a cpu can look at a value for free
-        if dead.device.type == "cpu" and not dead.any():
+        if _seen_for_free(dead) and not dead.any():
             return
         rows = x.flatten(1, -2)
         good = usable(rows, None if indices is None else indices.flatten(1))
@@ -254,29 +261,51 @@ class Codebook(Kept):
             if self.use_ddp:
                 of_first_rank(key)
             queue = torch.where(gone, key, 2.0).argsort()
-            place = torch.empty_like(queue)
-            place[queue] = torch.arange(len(queue), device=own.device)
-            turn = place // ranks
             order = torch.where(alive, torch.rand(len(own), device=own.device), 2.0)
             most = min(len(own), self.codebook_size)
             chosen = order.topk(most, largest=False).indices
-            mine = gone & (turn < alive.sum().clamp_max(most))
+            # ranks may have other numbers of rows, but not of codes
+            queue = queue if self.use_ddp else queue[:most]
+            place = torch.arange(len(queue), device=own.device)
+            turn = place // ranks
+            mine = gone[queue] & (turn < alive.sum().clamp_max(most))
             if self.use_ddp:
                 mine = mine & (place % ranks == dist.get_rank())
-            fresh = torch.where(mine[:, None], own[chosen[turn.clamp_max(most - 1)]].float(), 0)  # (K, D)
+            # a rank without rows still takes part in the sum
+            fresh = own[chosen[turn.clamp_max(most - 1)]] if most else own.new_zeros(len(turn), own.shape[1])
+            fresh = fresh.float()  # (M, D)
+            fresh.masked_fill_(~mine[:, None], 0)
             taken = mine.to(fresh.dtype)
             if self.use_ddp:
                 all_sum(fresh)
                 all_sum(taken)
-            taken = taken > 0
-            size = self.reset_cluster_size
-            for old, new in (
-                (self.embed[group], fresh),
-                (self.embed_avg[group], fresh * size),
-                (self.cluster_size[group], torch.full_like(key, size)),
-            ):
-                where = taken[:, None] if new.dim() == 2 else taken
-                old.copy_(torch.where(where, new.to(old.dtype), old))
+            taken, size = taken > 0, self.reset_cluster_size
+            _replace(self.embed[group], queue, fresh, taken)
+            _replace(self.embed_avg[group], queue, fresh.mul_(size), taken)
+            _replace(self.cluster_size[group], queue, torch.full_like(key[: len(queue)], size), taken)
+
+
+def _directions(codes: Tensor) -> Tensor:
+    """Codes (G, K, D) at length 1; those that have none next to the others go where no row is."""
+    length = torch.linalg.vector_norm(codes, dim=-1, keepdim=True)
+    if _seen_for_free(codes):
+        off = (length - 1).abs_() > 8 * torch.finfo(torch.float32).eps
+        if not off.any():
+            return codes
+    # averages of a code that no row takes decay to 0, which would be nearer than most codes of length 1
+    lost = length <= 1e-3 * length.amax(-2, keepdim=True)
+    return torch.where(lost, 4.0, codes / length)
+
+
+def _seen_for_free(tensor: Tensor) -> bool:
+    """Whether the host may look at a value: a device would have to finish its work, and no graph can hold it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _replace(old: Tensor, at: Tensor, new: Tensor, where: Tensor) -> None:
+    """Write rows `new` to the places `at` of `old`, where told to."""
+    where = where[:, None] if new.dim() == 2 else where
+    old.index_copy_(0, at, torch.where(where, new.to(old.dtype), old[at]))
 
 
 def _average(old: Tensor, new: Tensor, decay: float, weight: Tensor | None) -> None:

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _autograd
+from torch.autograd.graph import saved_tensors_hooks
 
 from vqkernels.checks import refuse
 from vqkernels.compat.vector_quantize_pytorch import losses
+from vqkernels.compat.vector_quantize_pytorch._copies import as_kept, kept
 from vqkernels.compat.vector_quantize_pytorch.holder import Holder
 from vqkernels.compat.vector_quantize_pytorch.layout import Layout
-from vqkernels.nn.estimators.base import gather, no_loss
+from vqkernels.nn.estimators.base import finite_rows, gather, no_loss
 from vqkernels.nn.quantizers.base import recomputing
 from vqkernels.ops import directional, straight_through
 
@@ -71,8 +73,8 @@ class Crossing(Holder):
     def _still(self, codes: Tensor, moving: bool) -> Tensor:
         """All codes (G, K, D) for losses that look at each, as they are before anything moves them."""
         if recomputing():
-            return codes if self._kept_codes is None else _as_kept(codes, self._kept_codes)
-        codes = codes.clone() if moving else codes
+            return codes if self._kept_codes is None else as_kept(codes, self._kept_codes)
+        codes = kept(codes) if moving else codes
         self._kept_codes = codes.detach() if moving and _checkpointed() else None
         return codes
 
@@ -86,11 +88,11 @@ class Crossing(Holder):
         moving: bool,
     ) -> Chosen:
         """The codes of rows y (G, ..., D); where codes are `moving`, with a table of their own."""
-        kept = self._kept
+        last = self._kept
         places = y.shape[:-1] if topk is None else (*y.shape[:-1], topk)
-        if kept is not None and recomputing() and kept.indices.shape == places:
-            live = _apart(codes.flatten(0, 1), self._codebook.flat(kept.indices)).table
-            return kept._replace(table=_as_kept(live, kept.table))
+        if last is not None and recomputing() and last.indices.shape == places:
+            live = _apart(codes.flatten(0, 1), self._codebook.flat(last.indices)).table
+            return last._replace(table=as_kept(live, last.table))
         if topk is not None:
             indices = losses.nearest_few(y, self._codebook.searched(codes), topk)
             mask = None if mask is None else mask[..., None]
@@ -144,14 +146,17 @@ class Crossing(Holder):
         if code:
             loss = loss - loss.detach() / 2
         if few and (weigh or not self.training):
-            rows = gather(table if learned else table.detach(), at)
-            loss = torch.where(at >= 0, (rows - y).square().mean(-1), 0)
+            rows = gather(table.detach() if self.training and not learned else table, at)
+            good = finite_rows(y)
+            error = (rows - torch.where(good, y, 0)).square().mean(-1)
+            loss = torch.where((at >= 0) & good[..., 0], error, 0)
         return z, loss
 
     def _optimize(self, y: Tensor, mask: Tensor | None, temperature: float, update: partial) -> Tensor:
         """One step of the codes on their own loss, before the rows choose again."""
         y, book = y.detach(), self._codebook
-        with torch.enable_grad():
+        # a checkpoint around this forward counts what is saved, and the recomputation has no such step
+        with torch.enable_grad(), saved_tensors_hooks(_as_is, _as_is):
             chosen = self._choose(y, book.codes(), mask, temperature, None, True)
             _, loss = straight_through(y, chosen.table, chosen.at, commitment=0.0, codebook_weight=1.0)
             grads = torch.autograd.grad(loss, book.embed)
@@ -175,19 +180,19 @@ class Crossing(Holder):
         if most is not None and codes.shape[1] > most:
             codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
         # a copy: the next forward may move codes before this one's backward
-        return losses.orthogonal(codes.clone())
+        return losses.orthogonal(kept(codes))
 
 
-def _as_kept(live: Tensor, kept: Tensor) -> Tensor:
-    """Codes as they were, with the gradient of those that are."""
-    return kept + (live - live.detach()) if live.requires_grad else kept
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _apart(table: Tensor, at: Tensor) -> Chosen:
     """The codes of rows in a table that later writes to the codes do not reach, the smaller one of two."""
-    if at.numel() >= len(table):
-        return Chosen(at, table.clone(), at)
+    if at.numel() >= len(table) or at.numel() == 0:
+        return Chosen(at, kept(table), at)
     own = F.embedding(at.flatten().clamp_min(0), table)
+    own = kept(own) if torch.compiler.is_compiling() else own
     place = torch.arange(at.numel(), device=at.device).view(at.shape)
     return Chosen(at, own, torch.where(at < 0, at, place))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vqkernels.nn._autocast import full_precision
+from vqkernels.nn.estimators.base import finite_rows
 from vqkernels.ops._logits import rows_at_once
 
 
@@ -40,42 +41,56 @@ def _by_rows(run: Callable[..., Tensor], rows: tuple[Tensor, ...], codes: Tensor
 
 
 def cross_entropy(x: Tensor, codes: Tensor, targets: Tensor, cosine: bool) -> Tensor:
-    """Mean cross entropy of targets (G, ...), -1 for none, by the logits of x (G, ..., D) to codes (G, K, D)."""
+    """Mean cross entropy of targets (G, ...), -1 for none, by the logits of x (G, ..., D) to codes (G, K, D).
+
+    Rows with a NaN or Inf have none.
+    """
 
     def run(rows: Tensor, wanted: Tensor, table: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(rows, table, cosine), wanted, ignore_index=-1, reduction="sum")
 
+    good = finite_rows(x)
+    x, targets = torch.where(good, x, 0), torch.where(good[..., 0], targets, -1)
     total = x.new_zeros((), dtype=torch.float32)
     for rows, table, wanted in zip(x.flatten(1, -2), codes, targets.flatten(1), strict=True):
         total = total + sum(_by_rows(run, (rows, wanted), table))
-    return total / (targets >= 0).sum()
+    return total / (targets >= 0).sum().clamp_min(1)
 
 
-def diversity(x: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:
+def diversity(x: Tensor, codes: Tensor, mask: Tensor | None, cosine: bool, temperature: float) -> Tensor:
     """Minus the entropy of each position's code distribution over items and heads, a mean over positions.
 
         p_n = mean softmax(temperature l_n),   loss = mean_n sum_j p_nj ln max(p_nj, 1e-5)
 
+    Rows that are masked or hold a NaN or Inf do not count, and neither do positions of such rows alone.
+
     Args:
         x: (G, ..., N, D), positions of an item for each of the leading dims.
         codes: (G, K, D).
+        mask: (G, ..., N) bool, or None for all.
         cosine: whether logits are products.
         temperature: factor of the logits.
     """
 
-    def run(some: Tensor, tables: Tensor) -> Tensor:
-        parts = []
-        for rows, table in zip(some, tables, strict=True):
+    def run(some: Tensor, shares: Tensor, tables: Tensor) -> Tensor:
+        p = some.new_zeros((), dtype=torch.float32)
+        for rows, share, table in zip(some, shares, tables, strict=True):
             soft = (logits_of(rows.flatten(0, 1), table, cosine) * temperature).softmax(1)
-            parts.append(soft.view(*rows.shape[:2], -1).mean(0))
-        p = torch.stack(parts).mean(0)
+            p = p + (soft.view(*rows.shape[:2], -1) * share).sum(0)
         return (p * p.clamp_min(1e-5).log()).sum()
 
-    items = x.flatten(1, -3)
+    if x.numel() == 0:
+        return x.new_zeros((), dtype=torch.float32)
+    good = finite_rows(x)
+    if mask is not None:
+        good = good & mask[..., None]
+    items, good = torch.where(good, x, 0).flatten(1, -3), good.flatten(1, -3)
+    count = good.sum((0, 1), keepdim=True)  # (1, 1, N, 1)
+    shares = good / count.clamp_min(1)
     at_once = max(1, rows_at_once(codes.shape[1], codes.device) // items.shape[1])
-    some = items.split(at_once, 2)
-    parts = [checkpoint(run, part, codes, use_reentrant=False) for part in some]
-    return torch.stack(parts).sum() / x.shape[-2]
+    some = zip(items.split(at_once, 2), shares.split(at_once, 2), strict=True)
+    parts = [checkpoint(run, *part, codes, use_reentrant=False) for part in some]
+    return torch.stack(parts).sum() / (count > 0).sum().clamp_min(1)
 
 
 def soft_codes(x: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:

@@ -284,7 +284,7 @@ class ResidualVQ(Face):
             beam_size = self.beam_size if self.training else self.eval_beam_size
         if indices is not None:
             indices = torch.stack(indices) if isinstance(indices, list) else indices
-            found = stages.cross_entropy(y, indices.reshape(*rows.shape[:2], -1))
+            found = stages.cross_entropy(y, indices.reshape(*rows.shape[:2], indices.shape[-1]))
         elif beam_size is not None and beam_size > 1:
             found = beam_search(stages, y, beam_size, self.beam_score_weights)
         else:
@@ -304,7 +304,7 @@ class ResidualVQ(Face):
         if indices is not None:
             return z, found.losses
         places = (shape[0], *shape[2:]) if self.accept_image_fmap else shape[:-1]
-        picked = found.indices.reshape(*places, -1)
+        picked = found.indices.reshape(*places, self.num_quantizers)
         if not return_all_codes:
             return z, picked, found.losses
         return z, picked, found.losses, self.get_codes_from_indices(picked)
@@ -344,7 +344,7 @@ class ResidualVQ(Face):
         with torch.no_grad():
             rows = x.flatten(2).mT if self.accept_image_fmap else x if x.dim() > 2 else x[:, None]
             residual = self.project_in(rows)
-            flat = indices.reshape(*rows.shape[:2], -1)
+            flat = indices.reshape(*rows.shape[:2], indices.shape[-1])
             for layer, index in zip(self._stages, flat.unbind(-1), strict=True):
                 dropped, index = index < 0, index.clamp_min(0)
                 sq_dist = layer.sq_dist_of(residual, index)
@@ -358,6 +358,8 @@ class ResidualVQ(Face):
 
 def _moved(y: Tensor, z: Tensor) -> Tensor:
     """One noisy error vector for the sum of all stages; every code of a row gets its gradient."""
+    if z.numel() == 0:
+        return y + z
     points = z.reshape(-1, z.shape[-1])
     own = torch.arange(len(points), device=z.device).view(z.shape[:-1])
     return directional(y, points, own, noise_std=_VARIANCE**0.5)

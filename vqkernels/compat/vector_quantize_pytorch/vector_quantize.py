@@ -23,7 +23,7 @@ _NAME = "VectorQuantize"
 
 
 class LossBreakdown(NamedTuple):
-    """The parts of the loss, unweighted, each 0-d or, of the k nearest codes, one per row and code."""
+    """The parts of the loss, unweighted, each 0-d or, of the k nearest codes, (B, N, k)."""
 
     commitment: Tensor
     codebook_diversity: Tensor
@@ -51,6 +51,7 @@ class VectorQuantize(Crossing):
     peers: ClassVar[tuple[str, ...]] = ("vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",)
     differences: ClassVar[tuple[str, ...]] = (
         "The peer rounds distances; ours finds the nearest code in float64, the lowest index on ties.",
+        "The peer scores cosine codes by their length too; ours by direction, those of length 0 never.",
         "The peer refuses straight_through=True unless rotation_trick=False; ours takes it alone.",
         "The peer refuses directional_reparam without replacement of dead codes; ours takes it.",
         "The peer's sync_update_v gives codes no gradient; ours, their share of the task's (Huh, eq. 21).",
@@ -247,7 +248,7 @@ class VectorQuantize(Crossing):
             ema_update=ema_update,
         )
         in_place = no_loss(y)
-        optimized = changes and self.in_place_codebook_optimizer is not None
+        optimized = changes and self.in_place_codebook_optimizer is not None and book.embed.requires_grad
         if optimized:
             in_place = self._optimize(y, counted, temperature, update)
         codes = book.codes()
@@ -271,7 +272,7 @@ class VectorQuantize(Crossing):
             entropy = losses.cross_entropy(y, codes, wanted, self.use_cosine_sim)
         if self.training and self.has_codebook_diversity_loss:
             factor = self.codebook_diversity_temperature
-            diversity = losses.diversity(y, codes, self.use_cosine_sim, factor)
+            diversity = losses.diversity(y, codes, counted, self.use_cosine_sim, factor)
         if moving and not optimized:
             update(indices=chosen.indices)
         quantized = self._outside(z.to(x.dtype), rows, mask, layout)
@@ -281,11 +282,14 @@ class VectorQuantize(Crossing):
         orthogonal = self._orthogonal(chosen.indices, y)
         if self.training and self.has_commitment_loss and self.commitment_use_cross_entropy_loss:
             commitment = entropy
+        each = commitment
         if commitment.dim() > 0:
-            commitment = layout.indices(commitment[0])
+            # the breakdown has positions in one dimension, as the peer's
+            commitment = commitment[0]
+            each = layout.indices(commitment)
         weight = self.commitment_weight if self.has_commitment_loss else 1.0
         loss = (
-            commitment * weight
+            each * weight
             + diversity * self.codebook_diversity_loss_weight
             + orthogonal * self.orthogonal_reg_weight
         )
