@@ -23,6 +23,9 @@ FORMATTED := vqkernels python_tests bench docs README.md setup.py
 # the interpreter of triton needs a process of its own
 INTERPRETED := $(addprefix python_tests/test_,nearest_code.py grouped.py philox.py directional.py code_sums.py compile.py search_forms.py nearest_segment.py directional_range.py straight_through.py straight_through_rows.py)
 
+# and one thread each
+WORKERS := -n 2 --dist worksteal
+
 .PHONY: demo test check check-all sanitize bench papers adoption bench-micro wheel check-wheel wheel-cuda gpu lint format native clean
 
 demo: $(VENV)/demo
@@ -30,13 +33,13 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(PY) -m pytest python_tests -m "not slow"
-	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not slow"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest $(INTERPRETED) -m "not slow" $(WORKERS)
 
 check: lint test
 
 check-all: lint
 	$(PY) -m pytest python_tests
-	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest $(INTERPRETED) $(WORKERS)
 
 # quiet: the theme advertises its successor
 .PHONY: docs
@@ -61,8 +64,8 @@ papers: $(VENV)/bench
 
 adoption: $(VENV)/bench
 	$(PIP) scikit-image
-	$(PY) bench/adoption.py
-	$(PY) bench/adoption_report.py docs/adoption.md --figure docs/adoption.png
+	$(PY) bench/adoption.py; missed=$$?; \
+	$(PY) bench/adoption_report.py docs/adoption.md --figure docs/adoption.png --readme README.md && exit $$missed
 
 bench-micro: $(VENV)/bench
 	$(PY) -m pytest bench/micro --benchmark-max-time=0.3 --benchmark-min-rounds=3 \

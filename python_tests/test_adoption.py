@@ -64,6 +64,20 @@ def test_a_run_becomes_a_table_and_a_picture(lines, tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     figure = tmp_path / "figure.png"
-    assert adoption_report.main([str(page), "--results", str(results), "--figure", str(figure)]) == 0
+    front = tmp_path / "front.md"
+    front.write_text(f"{adoption_report.BEGIN}\n{adoption_report.END}\n")
+    words = ["--results", str(results), "--figure", str(figure), "--readme", str(front)]
+    assert adoption_report.main([str(page), *words]) == 0
     assert page.read_text() == f"head\n{adoption_report.BEGIN}\n{text}\n{adoption_report.END}\ntail\n"
     assert figure.stat().st_size > 10_000
+    assert "a step of the quantizer alone" in front.read_text()
+
+
+def test_the_sentence_is_about_the_most_codes(lines):
+    pairs = [dict(line, shape=[8, 10 if line["name"] == "vq" else 20, 4]) for line in lines]
+    for line in pairs[2:]:
+        before = line["side"] == "before"
+        line |= {"quantizer_ms": 40.0 if before else 4.0, "quantizer_mb": 100.0 if before else 2.0}
+    said = " ".join(adoption_report.sentence(pairs).split())
+    assert "K = 20" in said and "diveq's 10x less time and 50x less memory" in said
+    assert "vector-quantize-pytorch" not in said
