@@ -91,6 +91,28 @@ def test_a_pending_backward_survives_replacement(name):
     assert torch.equal(*grads) and not torch.equal(face.codebook, still.codebook)
 
 
+# torch's own, of what crosses from one graph to the next
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_backward_of_a_compiled_forward_sees_the_codes_before_a_replacement(monkeypatch):
+    face, still = make("DIVEQDetach", replacement_iters=1), make("DIVEQDetach", codebook_reset=False)
+    x, _ = used_codes(face)
+    still.load_state_dict(face.state_dict())
+    # these take long to compile, and have no part in the backward
+    for name in ("_advance", "_note"):
+        monkeypatch.setattr(face, name, torch.compiler.disable(getattr(face, name)))
+    grads = []
+    # inductor alone takes a copy for its source
+    for module in (still, torch.compile(face)):
+        leaf = x.clone().requires_grad_()
+        z = module(leaf)[0]
+        (z * z).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(face.codebook.grad, still.codebook.grad)
+    assert not torch.equal(face.codebook, still.codebook)
+    torch._dynamo.reset()
+
+
 def _anywhere(face):
     with torch.no_grad():
         face.codebook.normal_()

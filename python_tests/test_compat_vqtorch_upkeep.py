@@ -135,3 +135,21 @@ def test_the_inner_optimizer_takes_a_step_before_the_output(kind, affine):
     (out.sum() + found["loss"].sum()).backward()
     face.eval()(z)
     torch.testing.assert_close(weight.detach(), before - lr * grad, rtol=0, atol=100 * D * EPS)
+
+
+def test_a_compiled_backward_that_is_pending_sees_the_codes_of_its_forward():
+    # of what moves codes inside a forward, the norm is compiled the fastest
+    face = VectorQuant(D, K, cb_norm="l2c", affine_lr=2.0).to(DEVICE)
+    other = copy.deepcopy(face)
+    z = latents(2, D, 5, dtype=torch.float32)
+    found = []
+    # inductor alone takes a copy for its source
+    for module, run in ((face, face), (other, torch.compile(other, fullgraph=True))):
+        leaf = z.clone().requires_grad_()
+        z_q, result = run(leaf)
+        with torch.no_grad():
+            module.codebook.weight.neg_()
+        ((z_q * z_q).sum() + result["loss"]).backward()
+        found.append([each.grad for each in (leaf, *module.parameters())])
+    torch.testing.assert_close(*found)
+    torch._dynamo.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkernels.compat._copies import kept
 from vqkernels.compat.diveq._base import ALWAYS, no_seed, spread
 from vqkernels.compat.diveq._options import check_flags, check_noise_var, warn_unusual
 from vqkernels.compat.diveq._replacement import DIFFERENCES, Replacing
@@ -65,7 +66,7 @@ class _Single(Replacing):
         if not self.training:
             return self._evaluate(z)
         # a replacement must not reach what a pending backward reads
-        codes = self.codebook.clone() if self.codebook_reset else self.codebook
+        codes = kept(self.codebook) if self.codebook_reset else self.codebook
         indices, sq_dist = nearest_code(z, codes)
         z_q = self._cross(z, codes, indices)
         counts = self._counts(indices, ~sq_dist.isnan())

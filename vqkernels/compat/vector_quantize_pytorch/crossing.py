@@ -12,8 +12,8 @@ from torch._C import _autograd
 from torch.autograd.graph import saved_tensors_hooks
 
 from vqkernels.checks import refuse
+from vqkernels.compat._copies import as_kept, kept
 from vqkernels.compat.vector_quantize_pytorch import losses
-from vqkernels.compat.vector_quantize_pytorch._copies import as_kept, kept
 from vqkernels.compat.vector_quantize_pytorch.holder import Holder
 from vqkernels.compat.vector_quantize_pytorch.layout import Layout
 from vqkernels.nn.estimators.base import finite_rows, gather, no_loss

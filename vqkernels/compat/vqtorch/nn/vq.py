@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkernels.checks import check_count, check_flag, check_number, refuse
+from vqkernels.compat._copies import kept
 from vqkernels.compat.face import Face, unserved
 from vqkernels.compat.vqtorch.nn.adoption import carry, options_of
 from vqkernels.compat.vqtorch.nn.affine import AffineTransform
@@ -261,7 +262,7 @@ class VectorQuant(Face):
         changes = self.inplace_codebook_optimizer is not None or self.replace_freq > 0
         if torch.is_grad_enabled() and (changes or self.codebook_norm in ("l2", "l2c")):
             # a backward that is pending must not see what a later forward writes
-            weight = weight.clone()
+            weight = kept(weight)
         codes = weight.view(self.books, self.group_size, -1)
         return self.affine_transform(codes) if hasattr(self, "affine_transform") else codes
 

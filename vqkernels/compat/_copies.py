@@ -17,6 +17,14 @@ def _(codes: Tensor) -> Tensor:
     return torch.empty_like(codes)
 
 
+def _passed(context: object, grad: Tensor) -> Tensor:
+    return grad
+
+
+# the codes themselves have no part in it: a graph that read them would refuse a backward after they have moved
+_copy_of.register_autograd(_passed)
+
+
 def as_kept(live: Tensor, kept: Tensor) -> Tensor:
     """Codes as they were, with the gradient of those that are."""
     return kept + (live - live.detach()) if live.requires_grad else kept
@@ -26,4 +34,4 @@ def kept(codes: Tensor) -> Tensor:
     """A differentiable copy."""
     if not torch.compiler.is_compiling():
         return codes.clone()
-    return as_kept(codes, _copy_of(codes.detach()))
+    return _copy_of(codes)
