@@ -124,6 +124,15 @@ def hard_cases():
         torch.cat([randn(60, 17), 0.999 * far[[7, 8]], 5e3 * randn(60, 17)]),
         far,
     )
+    # dead codes of an average: rows beside the others are beyond the range of their scale
+    ends = 3 * randn(8, 17)
+    for scale in (1e-6, 1e-9, 1e-12, 1e-17, 1e-30, 0.0):
+        dust = scale * randn(200, 17)
+        dust[::25] = ends
+        middle = ends * torch.tensor([0.5, 0.5 + 2**-24, 0.5 - 2**-24])[:, None, None]
+        rows = torch.cat([ends + 0.1 * randn(8, 17), middle.reshape(-1, 17), 0.3 * randn(20, 17), dust[1:9]])
+        yield f"most codes within {scale:g}", rows, dust
+        yield f"most codes within {scale:g} of a point", 1e3 + rows.double(), 1e3 + dust.double()
     for scale in (1e-137, 3e-137, 1.0, 3e151):
         # squares of the far code leave the range of float64 where its features do not
         near = torch.randn(256, 64, generator=generator).double()

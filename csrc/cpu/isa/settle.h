@@ -44,6 +44,23 @@ VQK_INLINE void question(const Search& s, const Tile<X>& t, int row, int64_t til
   }
 }
 
+// what no usual code's distance to the row falls below, as the contract rounds it: |x - c| >= |x'| - C; 0
+// where the row says nothing
+template <class X>
+VQK_INLINE double usual_beyond(const Search& s, const X* row) {
+  const int64_t d = s.codes.features;
+  double square = 0;
+  for (int64_t k = 0; k < d; ++k) {
+    const double e = (double)row[k] - s.codes.centre[k];
+    square += e * e;
+  }
+  // also false for a NaN; nothing below may leave the normal range
+  if (!(square > 0x1p-900 && square < 0x1p900 && s.codes.reach < 0x1p450)) return 0;
+  const double rounding = (double)(d + 32) * 0x1p-51;
+  const double gap = __builtin_sqrt(square) * (1 - rounding) - s.codes.reach * (1 + rounding);
+  return gap > 0x1p-450 ? gap * gap * (1 - rounding) : 0;
+}
+
 // returns how many rows stay open
 template <class X, class C>
 int64_t settle(const Search& s, const Bounds& b, const Tile<X>& t) {
@@ -88,16 +105,24 @@ int64_t settle(const Search& s, const Bounds& b, const Tile<X>& t) {
   pairs.flush(d);
   for (int r = 0; r < t.rows; ++r)
     if (asked[r] > s.codes.count / 8 + 64) open |= 1u << r;
-  // |x - c| >= |c'| - |x'|, so a far code needs a row that is long or has nothing near
+  // |x - c| >= |c'| - |x'|, so a far code needs a row that is long or has nothing near; and a row that the
+  // scale of the others could not hold may be so near to a far one that none of them counts
+  double beyond[kRows] = {};
   if (s.codes.far_count > 0)
     for (int r = 0; r < t.rows; ++r) {
-      if (open >> r & 1) continue;
-      const double length = (double)((const float*)t.lengths)[r] / s.codes.row_scale;
-      if (s.codes.far_reach - length > __builtin_sqrt(best[r].sq_dist) * kSlack) continue;
+      if (open >> r & 1) {
+        beyond[r] = usual_beyond(s, t.raw + r * t.ld);
+        if (beyond[r] == 0) continue;
+      } else {
+        const double length = (double)((const float*)t.lengths)[r] / s.codes.row_scale;
+        if (s.codes.far_reach - length > __builtin_sqrt(best[r].sq_dist) * kSlack) continue;
+      }
       for (int64_t q = 0; q < s.codes.far_count; ++q)
         pairs.add(t.raw + r * t.ld, (const C*)s.codes.rows + s.codes.far[q] * d, best + r, s.codes.far[q], d);
     }
   pairs.flush(d);
+  for (int r = 0; r < t.rows; ++r)
+    if (best[r].sq_dist < beyond[r]) open &= ~(1u << r);
   int64_t left_open = 0;
   for (int r = 0; r < t.rows; ++r) {
     if (!(open >> r & 1))
