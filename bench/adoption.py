@@ -49,11 +49,17 @@ def models(case: Case) -> dict[str, Autoencoder]:
     """The library's model, and a copy of it whose quantizer was swapped."""
     torch.manual_seed(SEED)
     before = case.make(case.num_codes, case.dim)
-    after = copy.deepcopy(before)
-    report = convert(after)
+    return {"before": before, "after": converted(before)}
+
+
+def converted(before: Autoencoder) -> Autoencoder:
+    """A copy whose quantizer is ours."""
+    report = convert(copy.deepcopy(before))
     if not isinstance(report.model, Autoencoder) or type(report.model.quantizer) is type(before.quantizer):
-        raise ValueError(f"adoption: {case.quantizer} of {case.library} was not converted: {report}")
-    return {"before": before, "after": report.model}
+        raise ValueError(
+            f"adoption: {type(before.quantizer).__name__} must be converted; got {report}. See its reason."
+        )
+    return report.model
 
 
 def step(model: Autoencoder, optimizer: torch.optim.Optimizer, images: Tensor) -> float:
@@ -112,13 +118,15 @@ def quantizer_step(model: Autoencoder, latents: Tensor, grad: Tensor) -> Callabl
 def quantizer_times(
     both: dict[str, Autoencoder], images: ImageSet, steps: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of the quantizers alone, in turns, on latents of the library's trained model."""
+    """Milliseconds of the quantizers alone, in turns, both with the weights and latents of the library's trained model."""
+    trained = both["before"]
     with torch.no_grad():
-        latents = both["before"].encoder(images.batch(steps))
+        latents = trained.encoder(images.batch(steps))
     torch.manual_seed(SEED)
     grad = torch.randn_like(latents)
     runs = {
-        side: quantizer_step(model, latents.clone().requires_grad_(), grad) for side, model in both.items()
+        side: quantizer_step(model, latents.clone().requires_grad_(), grad)
+        for side, model in zip(SIDES, (trained, converted(trained)), strict=True)
     }
     times, failed = interleaved(HostClock(), runs, rounds=rounds)
     if failed:

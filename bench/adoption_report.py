@@ -47,7 +47,8 @@ def markdown(found: Sequence[Record]) -> str:
         f"{last['steps']} steps on crops of the photographs of scikit-image, the same weights, batches and seeds on "
         f"both sides, whose steps alternate; {last['threads']} threads, {last['cpu'] or last['machine']}, {last['isa']}, torch "
         f"{last['torch']}. Loss: mean of the last {LAST} steps. PSNR: middles of held-out photographs. The quantizer's "
-        "forward and backward alone, its peak memory above inputs and outputs."
+        "forward and backward alone, with the library's trained weights and latents on both sides, and its peak memory above "
+        "inputs and outputs."
     )
     rows = [
         "| model (rows, K, D) | first loss differs by | loss | PSNR | step | quantizer | its memory |",
