@@ -126,7 +126,8 @@ def quantizer_times(
     grad = torch.randn_like(latents)
     runs = {
         side: quantizer_step(model, latents.clone().requires_grad_(), grad)
-        for side, model in zip(SIDES, (trained, converted(trained)), strict=True)
+        # copies: averages move in every forward
+        for side, model in zip(SIDES, (copy.deepcopy(trained), converted(trained)), strict=True)
     }
     times, failed = interleaved(HostClock(), runs, rounds=rounds)
     if failed:

@@ -123,9 +123,8 @@ def draw(path: Path, found: Sequence[Record]) -> None:
             wide = {"linewidth": 3.5, "alpha": 0.6} if line["side"] == "before" else {"linewidth": 1.1}
             label = f"{line['side']}, {line['psnr']:.2f} dB held out"
             axis.plot(line["losses"], color=COLORS[line["side"]], label=label, **wide)
-        axis.set_title(
-            f"{pair[0]['library']}\n{pair[0]['quantizer']}, K = {k}, D = {d}, {n} rows", fontsize=10
-        )
+        words = f"{pair[0]['library']} {pair[0]['quantizer']}\nK = {k}, D = {d}, {n} rows"
+        axis.set_title(words, fontsize=9)
         axis.set_xlabel("step")
         axis.set_yscale("log")
         axis.legend(fontsize=8)
